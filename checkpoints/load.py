@@ -1,0 +1,99 @@
+"""checkpoints.load: a directory in, a model ready to run out."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from checkpoints.names import leaf_path, leaf_table
+from checkpoints.source import Source, open_source
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.model import DeepseekV4
+from dsv4_jax.rope import RopeTable
+
+DEFAULT_MAX_TOKENS = 8192
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    max_tokens: int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    kernels: str = "auto",
+    numerics: str = "auto",
+    cache_dtype: jax.typing.DTypeLike | None = None,
+) -> DeepseekV4:
+    """Load a checkpoint.
+
+    Args:
+      path: a directory in the official format, or one that `convert` wrote.
+      mesh: devices to place the weights on, replicated; default the first device alone.
+      max_tokens: longest sequence, prompt and continuation; default the smaller of the config's limit and 8,192.
+      dtype: of activations and of weights stored unquantised; default bfloat16 on accelerators, float32 on CPU.
+      kernels: platform strategy by name; "auto" chooses.
+      numerics: "exact" dequantises weights at use and rounds no activation; "auto" is the same in this version.
+      cache_dtype: of KV rows and index keys; default `dtype`.
+    Raises:
+      CheckpointError: something is wrong with the files; the message names file and tensor.
+      ValueError: an argument that does not fit.
+    """
+    if numerics not in ("auto", "exact"):
+        raise ValueError(f"numerics={numerics!r} is not available in this version; choose 'auto' or 'exact'")
+    source = open_source(path)
+    dtype = default_dtype(mesh) if dtype is None else _float(dtype, "dtype")
+    cache_dtype = None if cache_dtype is None else _float(cache_dtype, "cache_dtype")
+    limit = _max_tokens(source.config, max_tokens)
+    if source.config.draft == "dspark":
+        warnings.warn(f"{path}: the DSpark drafter is not used; the model generates without drafts", stacklevel=2)
+    model = jax.eval_shape(
+        lambda: DeepseekV4(source.config, max_tokens=limit, dtype=dtype, kernels=kernels, cache_dtype=cache_dtype)
+    )
+    return fill(model, source, mesh)
+
+
+def fill(model: DeepseekV4, source: Source, mesh: Mesh | None) -> DeepseekV4:
+    """An abstract model with its parameters read from `source` and its RoPE tables computed, each once."""
+    table = leaf_table(model)
+    source.check(table)
+    sharding = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
+    keyed, structure = jax.tree_util.tree_flatten_with_path(model)
+    abstract = {leaf_path(keys): leaf for keys, leaf in keyed}
+    targets = {path: jax.ShapeDtypeStruct(abstract[path].shape, abstract[path].dtype, sharding=sharding) for path in table}
+    arrays = source.arrays(table, targets)
+    model = jax.tree.unflatten(structure, [arrays.get(path, leaf) for path, leaf in abstract.items()])
+    for table_module in (model.rope_main, model.rope_compress):
+        assert isinstance(table_module, RopeTable)
+        table_module.fill(sharding)
+    return model
+
+
+def default_dtype(mesh: Mesh | None):
+    """float32 on CPU, bfloat16 elsewhere."""
+    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    return jnp.float32 if platform == "cpu" else jnp.bfloat16
+
+
+def _float(dtype, name: str):
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"{name}={dtype!r} is not a dtype; choose float32 or bfloat16") from None
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"{name}={dtype} is not supported; choose float32 or bfloat16")
+    return dtype
+
+
+def _max_tokens(config: ModelConfig, max_tokens: int | None) -> int:
+    limit = config.max_position_embeddings
+    if max_tokens is None:
+        return min(limit, DEFAULT_MAX_TOKENS)
+    if not 1 <= max_tokens <= limit:
+        raise ValueError(f"max_tokens={max_tokens} must be between 1 and the config's max_position_embeddings={limit}")
+    return int(max_tokens)
+
+

@@ -1,0 +1,70 @@
+"""Compressors: every `ratio` tokens become one entry, a softmax-weighted sum per channel (architecture 4)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4_jax.cache import CompressorCache, Step, read_rows, write_entries, write_ring
+from dsv4_jax.config import CSA, LayerSpec, ModelConfig
+from dsv4_jax.linear import RMSNorm, matmul
+from dsv4_jax.rope import RopeTable, apply_rope
+
+
+class Compressor(nnx.Module):
+    """Pools rows of width `dim`; with overlap (CSA) an entry also reads the window before its own.
+
+    A token then has two halves: channels [:dim] feed the next entry, channels [dim:] its own.
+    """
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, dim: int, dtype):
+        self.ratio, self.dim, self.overlap = spec.ratio, dim, spec.kind == CSA
+        width = dim * (2 if self.overlap else 1)
+        self.kv_proj = nnx.Param(jnp.zeros((width, config.hidden_size), dtype))
+        self.gate_proj = nnx.Param(jnp.zeros((width, config.hidden_size), dtype))
+        self.position_bias = nnx.Param(jnp.zeros((spec.ratio, width), jnp.float32))
+        self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def __call__(self, x: jax.Array, rope: RopeTable, cache: CompressorCache, step: Step) -> CompressorCache:
+        """x [B, T, M] -> the cache with this step's rows and every entry that they complete."""
+        kv = matmul(x, self.kv_proj[...])  # fp32 [B, T, width], never rounded
+        gate = matmul(x, self.gate_proj[...]) + self.position_bias[...][step.positions % self.ratio]
+        first = step.start // self.ratio
+        index = first[:, None] + jnp.arange(math.ceil(x.shape[1] / self.ratio), dtype=jnp.int32)
+        complete = (index + 1) * self.ratio <= step.end[:, None]
+        pool = lambda: self._pool(kv, gate, index, rope, cache, step, x.dtype)
+        if x.shape[1] < self.ratio:  # most steps complete nothing
+            blank = jnp.zeros((*index.shape, self.dim), x.dtype)
+            fresh = jax.lax.cond(complete.any(), pool, lambda: blank)
+        else:
+            fresh = pool()
+        entries = write_entries(cache.entries, fresh, first, complete)
+        return CompressorCache(write_ring(cache.kv, kv, step), write_ring(cache.gate, gate, step), entries)
+
+    def _pool(self, kv, gate, index, rope: RopeTable, cache: CompressorCache, step: Step, dtype) -> jax.Array:
+        """Entries `index` [B, E] -> [B, E, dim], normed and rotated at the first position of their own window."""
+        first = index * self.ratio
+        rows, gates = (self._window_rows(ring, new, first, step) for ring, new in ((cache.kv, kv), (cache.gate, gate)))
+        if self.overlap:  # entry 0 has no window before its own
+            absent = (first == 0)[..., None] & (jnp.arange(2 * self.ratio) < self.ratio)
+            gates = jnp.where(absent[..., None], -jnp.inf, gates)
+        pooled = jnp.sum(jax.nn.softmax(gates, axis=2) * rows, axis=2)
+        entry = self.kv_norm(pooled.astype(dtype))
+        return apply_rope(entry, rope(first))
+
+    def _window_rows(self, ring, new, first, step: Step) -> jax.Array:
+        """[B, E, rows, dim] of one per-token quantity: the window before (its first half of channels), then the own."""
+        read = lambda offset: read_rows(
+            ring, new, step, (first[..., None] + offset + jnp.arange(self.ratio)).reshape(first.shape[0], -1)
+        ).reshape(*first.shape, self.ratio, -1)
+        if not self.overlap:
+            return read(0)
+        return jnp.concatenate([read(-self.ratio)[..., : self.dim], read(0)[..., self.dim :]], axis=2)
+
+
+def visible_entries(step: Step, ratio: int) -> jax.Array:
+    """int32 [B, T]: how many entries each query may see; the one its own token completes is among them."""
+    return (step.positions + 1) // ratio

@@ -1,0 +1,40 @@
+"""Lightning indexer: small heads score the compressed entries, the best `index_topk` are attended to (architecture 5)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4_jax.cache import CompressorCache, Step
+from dsv4_jax.compressor import Compressor, visible_entries
+from dsv4_jax.config import LayerSpec, ModelConfig
+from dsv4_jax.kernels import AttentionKernels
+from dsv4_jax.linear import linear, weight
+from dsv4_jax.rope import RopeTable, Rotation, apply_rope
+from pallas_kernels.sparse_mla import FirstN, Picks
+
+
+class Indexer(nnx.Module):
+    """Scores sum_h w_h relu(q_h . k_i) with its own compressor for the keys."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, dtype):
+        heads, dim = config.index_n_heads, config.index_head_dim
+        self.heads, self.dim, self.top_k, self.kernels = heads, dim, config.index_topk, kernels
+        self.ratio = spec.ratio
+        self.q_b_proj = weight((heads * dim, config.q_lora_rank), dtype, config.quantization, "fp8")
+        self.weights_proj = nnx.Param(jnp.zeros((heads, config.hidden_size), dtype))
+        self.compressor = Compressor(config, spec, dim, dtype)
+
+    def __call__(
+        self, x: jax.Array, latent: jax.Array, rotation: Rotation, rope: RopeTable, cache: CompressorCache, step: Step
+    ) -> tuple[Picks, CompressorCache]:
+        """x [B, T, M] and the normed query latent [B, T, Q] -> the entries each query picks, and the cache."""
+        cache = self.compressor(x, rope, cache, step)
+        visible = visible_entries(step, self.ratio)
+        if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
+            return FirstN(visible), cache
+        q = self.kernels.project(latent, self.q_b_proj.get_value()).reshape(*x.shape[:2], self.heads, self.dim)
+        q = apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation))
+        w = linear(x, self.weights_proj[...]) * (self.dim**-0.5 * self.heads**-0.5)
+        return self.kernels.pick_entries(q, w.astype(x.dtype), cache.entries, visible, top_k=self.top_k), cache

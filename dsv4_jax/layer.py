@@ -1,0 +1,44 @@
+"""DecoderLayer: attention and experts, each between two hyper-connections (architecture 2)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from dsv4_jax.attention import ATTENTION
+from dsv4_jax.cache import LayerCache, Step
+from dsv4_jax.config import LayerSpec, ModelConfig
+from dsv4_jax.hyper_connection import HyperConnection
+from dsv4_jax.kernels import AttentionKernels
+from dsv4_jax.linear import RMSNorm
+from dsv4_jax.moe import SparseMoe
+from dsv4_jax.rope import RopeTable
+
+
+class DecoderLayer(nnx.Module):
+    """One layer of any kind; it stores no index, so layers of a kind share one trace."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, dtype):
+        self.attn_hc = HyperConnection(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = ATTENTION[spec.kind](config, spec, kernels, dtype)
+        self.ffn_hc = HyperConnection(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SparseMoe(config, spec, dtype)
+
+    def __call__(
+        self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
+    ) -> tuple[jax.Array, LayerCache]:
+        """Streams [B, T, N, M] -> streams and the layer's cache after this step."""
+        x, post, comb = self.attn_hc.collapse(streams)
+        out, cache = self.self_attn(self.input_layernorm(x), rope, cache, step)
+        streams = self.attn_hc.expand(out, streams, post, comb)
+        x, post, comb = self.ffn_hc.collapse(streams)
+        out = self.mlp(self.post_attention_layernorm(x), step.tokens)
+        return self.ffn_hc.expand(out, streams, post, comb), cache
+
+
+@jax.jit
+def run_layer(layer: DecoderLayer, streams, rope: RopeTable, cache: LayerCache, step: Step):
+    """`layer(...)` under its own jit: a model of 43 layers traces each kind once."""
+    return layer(streams, rope, cache, step)

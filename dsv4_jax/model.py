@@ -1,0 +1,97 @@
+"""DeepseekV4: embedding to streams, decoder layers, head collapse, LM head (architecture 2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4_jax.cache import Cache, LayerCache, Step, init_cache, init_layer_cache
+from dsv4_jax.config import SLIDING, ModelConfig
+from dsv4_jax.hyper_connection import HyperHead
+from dsv4_jax.kernels import AttentionKernels, resolve_kernels
+from dsv4_jax.layer import DecoderLayer, run_layer
+from dsv4_jax.linear import RMSNorm, matmul
+from dsv4_jax.mtp import MtpLayer
+from dsv4_jax.rope import RopeTable, rope_specs
+
+
+class DeepseekV4(nnx.Module):
+    """The whole model. It owns the two RoPE tables and hands each layer the one it rotates with.
+
+    Args:
+      config: hyper-parameters.
+      max_tokens: length of the longest sequence, prompt and continuation; bounds the RoPE tables and the cache.
+      dtype: of activations, and of weights that the checkpoint stores unquantised.
+      kernels: the platform strategy, or its name.
+      cache_dtype: of KV rows and index keys; default `dtype`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        max_tokens: int,
+        dtype: jax.typing.DTypeLike = jnp.bfloat16,
+        kernels: str | AttentionKernels = "auto",
+        cache_dtype: jax.typing.DTypeLike | None = None,
+    ):
+        kernels = resolve_kernels(kernels) if isinstance(kernels, str) else kernels
+        dtype = jnp.dtype(dtype)
+        self.config, self.max_tokens, self.dtype, self.kernels = config, max_tokens, dtype, kernels
+        self.cache_dtype = dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+        self.embed_tokens = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.layers = nnx.List([DecoderLayer(config, spec, kernels, dtype) for spec in config.layers])
+        self.hc_head = HyperHead(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.mtp = nnx.List([MtpLayer(config, spec, kernels, dtype) for spec in config.mtp_layers])
+        main, compress = rope_specs(config)
+        self.rope_main, self.rope_compress = RopeTable(main, max_tokens), RopeTable(compress, max_tokens)
+
+    def init_cache(self, batch: int, max_tokens: int | None = None, *, drafts: int = 0) -> Cache:
+        """An empty cache for `batch` sequences of up to `max_tokens` (default: the model's)."""
+        return init_cache(self.config, batch, max_tokens or self.max_tokens, self.cache_dtype, drafts=drafts)
+
+    def init_mtp_cache(self, batch: int, *, drafts: int = 0) -> tuple[LayerCache, ...]:
+        """An empty cache per MTP layer; sliding layers need no capacity beyond their window."""
+        make = lambda spec: init_layer_cache(
+            self.config, spec, batch, self.max_tokens, self.cache_dtype, drafts=drafts
+        )
+        return tuple(make(spec) for spec in self.config.mtp_layers)
+
+    def __call__(self, tokens: jax.Array, cache: Cache, count: jax.Array) -> tuple[jax.Array, Cache]:
+        """Continue each sequence by the first `count` of its T tokens.
+
+        Args:
+          tokens: int32 [B, T]; what follows the first `count` of a row is padding.
+          cache: as returned by the last call, or by `init_cache`.
+          count: int32 [B] in 0 .. T.
+        Returns:
+          streams [B, T, N, M] after the last layer (for `head`, and for MTP), and the cache with length + count.
+        """
+        step = Step(tokens, cache.length, count)
+        streams = jnp.repeat(self.embed(tokens)[:, :, None], self.config.hc_mult, axis=2)
+        layers = []
+        for layer, spec, state in zip(self.layers, self.config.layers, cache.layers, strict=True):
+            rope = self.rope_main if spec.kind == SLIDING else self.rope_compress
+            streams, state = run_layer(layer, streams, rope, state, step)
+            layers.append(state)
+        return streams, Cache(tuple(layers), step.end)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, M]."""
+        return self.embed_tokens[...][tokens]
+
+    def head(self, streams: jax.Array) -> jax.Array:
+        """Streams [B, T, N, M] -> fp32 logits [B, T, V]."""
+        return matmul(self.norm(self.hc_head(streams)), self.lm_head[...])
+
+    def draft(self, index: int, streams, tokens, cache: LayerCache, start, count) -> tuple[jax.Array, LayerCache]:
+        """MTP layer `index` over streams [B, T, N, M] at positions start .. and the tokens [B, T] that follow each."""
+        return self.mtp[index](streams, self.embed(tokens), self.rope_main, cache, Step(tokens, start, count))
+
+    def draft_head(self, index: int, streams: jax.Array) -> jax.Array:
+        """An MTP layer's streams -> fp32 logits [B, T, V], by its own collapse and norm and the shared LM head."""
+        layer = self.mtp[index]
+        return matmul(layer.norm(layer.hc_head(streams)), self.lm_head[...])

@@ -1,0 +1,40 @@
+"""MTP: one more decoder layer that reads the main streams and the next token, to predict the one after (section 7)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from dsv4_jax.cache import LayerCache, Step
+from dsv4_jax.config import LayerSpec, ModelConfig
+from dsv4_jax.hyper_connection import HyperHead
+from dsv4_jax.kernels import AttentionKernels
+from dsv4_jax.layer import DecoderLayer, run_layer
+from dsv4_jax.linear import RMSNorm, weight
+from dsv4_jax.rope import RopeTable
+
+
+class MtpLayer(nnx.Module):
+    """Own block, own collapse and norm; embedding and LM head are the main model's, passed in by it."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, dtype):
+        M = config.hidden_size
+        self.kernels = kernels
+        self.enorm = RMSNorm(M, config.rms_norm_eps)
+        self.hnorm = RMSNorm(M, config.rms_norm_eps)
+        self.e_proj = weight((M, M), dtype, config.quantization, "fp8")
+        self.h_proj = weight((M, M), dtype, config.quantization, "fp8")
+        self.block = DecoderLayer(config, spec, kernels, dtype)
+        self.hc_head = HyperHead(config)
+        self.norm = RMSNorm(M, config.rms_norm_eps)
+
+    def __call__(
+        self, streams: jax.Array, embedded: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
+    ) -> tuple[jax.Array, LayerCache]:
+        """Main (or draft) streams [B, T, N, M] at position t and the embedding [B, T, M] of token t + 1.
+
+        step.tokens are those next tokens, step.positions the t. -> this layer's streams, whose head predicts t + 2.
+        """
+        token = self.kernels.project(self.enorm(embedded), self.e_proj.get_value())
+        hidden = self.kernels.project(self.hnorm(streams), self.h_proj.get_value())
+        return run_layer(self.block, token[:, :, None] + hidden, rope, cache, step)

@@ -1,0 +1,80 @@
+"""QuantizedArray: packed codes and their block scales as one value, and its exact expansion (architecture 8)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+FP4_BLOCK = (1, 32)  # a routed expert's fp4 weight has one scale per row and 32 columns
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("data", "scale"), meta_fields=("block", "packed"))
+@dataclass(frozen=True)
+class QuantizedArray:
+    """A weight [..., N, K] as codes times one scale per block of `block` rows x columns (a last block may be partial).
+
+    data: float8_e4m3fn [..., N, K], or, `packed`, uint8 [..., N, K // 2] with two e2m1 codes a byte, low nibble = even k.
+    scale: uint8 e8m0 exponent bytes or float32, [..., ceil(N / block[0]), ceil(K / block[1])].
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    block: tuple[int, int] = (128, 128)
+    packed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, columns = self.data.shape
+        return (*lead, columns * 2 if self.packed else columns)
+
+    def __getitem__(self, index) -> QuantizedArray:
+        """Index leading (stacking) axes only."""
+        return dataclasses.replace(self, data=self.data[index], scale=self.scale[index])
+
+
+Weight = jax.Array | QuantizedArray
+
+
+def decode_e8m0(scale: jax.Array) -> jax.Array:
+    """uint8 exponent bytes b -> float32 2^(b - 127), by placing bits: 0 is the subnormal 2^-127, 255 is NaN."""
+    bits = scale.astype(jnp.uint32)
+    bits = jnp.where(bits == 0, jnp.uint32(0x00400000), bits << 23)
+    return jnp.where(scale == 255, jnp.nan, jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
+def decode_e2m1(codes: jax.Array) -> jax.Array:
+    """uint8 codes 0..15 -> float32 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, by placing bits."""
+    codes = codes.astype(jnp.uint32)
+    sign, exponent, mantissa = (codes & 8) << 28, (codes >> 1) & 3, codes & 1
+    normal = ((exponent + 126) << 23) | (mantissa << 22)
+    subnormal = mantissa * jnp.uint32(0x3F000000)  # 0 or 0.5
+    return jax.lax.bitcast_convert_type(sign | jnp.where(exponent == 0, subnormal, normal), jnp.float32)
+
+
+def unpack_fp4(data: jax.Array) -> jax.Array:
+    """uint8 [..., K // 2] -> float32 [..., K]."""
+    pairs = jnp.stack([data & 15, data >> 4], axis=-1)
+    return decode_e2m1(pairs).reshape(*data.shape[:-1], data.shape[-1] * 2)
+
+
+def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[..., N, K] in `dtype`; every product of a code and a power-of-two scale is exact in bfloat16 and wider.
+
+    Arrays that are not quantised are cast.
+    """
+    if not isinstance(weight, QuantizedArray):
+        return weight.astype(dtype)
+    codes = unpack_fp4(weight.data) if weight.packed else weight.data.astype(jnp.float32)
+    scale = decode_e8m0(weight.scale) if weight.scale.dtype == jnp.uint8 else weight.scale.astype(jnp.float32)
+    return (codes * _expand(scale, weight.block, codes.shape[-2:])).astype(dtype)
+
+
+def _expand(scale: jax.Array, block: tuple[int, int], shape: tuple[int, int]) -> jax.Array:
+    """[..., n, k] block scales -> [..., N, K], cutting what the last blocks have too much."""
+    (rows, columns), (n, k) = shape, scale.shape[-2:]
+    scale = jnp.broadcast_to(scale[..., :, None, :, None], (*scale.shape[:-2], n, block[0], k, block[1]))
+    return scale.reshape(*scale.shape[:-4], n * block[0], k * block[1])[..., :rows, :columns]

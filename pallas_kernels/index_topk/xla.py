@@ -1,0 +1,59 @@
+"""The indexer's selection in portable XLA: blocks of queries, and nothing at all while everything is picked anyway."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.index_topk.reference import index_scores
+from pallas_kernels.sparse_mla.reference import Indices, Mask, Picks
+
+SCORE_BYTES = 32 << 20  # bound on one block's per-head scores
+DENSE_LIMIT = 4  # up to this many entries per pick, a mask over all entries beats gathering rows
+
+
+def pick_entries_xla(q, weights, keys, visible, *, top_k: int) -> Picks:
+    """See `reference.pick_entries`; a `Mask` where attention over all entries is cheaper than a gather."""
+    (B, T, H, _), N = q.shape, keys.shape[1]
+    dense = T > 1 and N <= DENSE_LIMIT * top_k
+    pick, everything = (_pick_mask, _all_mask) if dense else (_pick_indices, _all_indices)
+    block = max(1, min(T, SCORE_BYTES // (4 * B * H * N)))
+
+    def scored():
+        if T <= block:
+            return pick(q, weights, keys, visible, top_k)
+        pad = -T % block
+        split = lambda x: jnp.moveaxis(
+            jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(B, -1, block, *x.shape[2:]), 1, 0
+        )
+        out = jax.lax.map(lambda args: pick(args[0], args[1], keys, args[2], top_k), tuple(map(split, (q, weights, visible))))
+        return jnp.moveaxis(out, 0, 1).reshape(B, T + pad, -1)[:, :T]
+
+    picked = jax.lax.cond(visible.max() <= top_k, lambda: everything(visible, N, top_k), scored)
+    return Mask(picked) if dense else Indices(picked)
+
+
+def _scores(q, weights, keys, visible):
+    return jnp.where(jnp.arange(keys.shape[1]) >= visible[..., None], -jnp.inf, index_scores(q, weights, keys))
+
+
+def _pick_indices(q, weights, keys, visible, top_k: int):
+    best, index = jax.lax.top_k(_scores(q, weights, keys, visible), top_k)
+    return jnp.where(best == -jnp.inf, -1, index)
+
+
+def _pick_mask(q, weights, keys, visible, top_k: int):
+    scores = _scores(q, weights, keys, visible)
+    last = jax.lax.top_k(scores, top_k)[0][..., -1:]
+    above, tied = scores > last, (scores == last) & (scores > -jnp.inf)
+    left = top_k - above.sum(-1, keepdims=True)
+    return above | (tied & (jnp.cumsum(tied, axis=-1) <= left))
+
+
+def _all_indices(visible, N: int, top_k: int):
+    index = jnp.arange(min(top_k, N), dtype=jnp.int32)
+    return jnp.where(index < visible[..., None], index, -1)
+
+
+def _all_mask(visible, N: int, top_k: int):
+    return jnp.arange(N) < visible[..., None]
