@@ -1,0 +1,28 @@
+"""Checkpoints: the official format in, models out, and back."""
+
+from pathlib import Path
+
+from checkpoints.convert import convert, export
+from checkpoints.errors import CheckpointError
+from checkpoints.inspection import Inspection, inspect
+from checkpoints.load import load
+from checkpoints.synth import synth
+from checkpoints.tokenizer import load_tokenizer
+
+
+def bundled_path() -> Path:
+    """The small checkpoint that comes with the package."""
+    return Path(__file__).parent / "bundled"
+
+
+__all__ = [
+    "CheckpointError",
+    "Inspection",
+    "bundled_path",
+    "convert",
+    "export",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "synth",
+]

@@ -1,0 +1,104 @@
+"""inspect: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints.convert import abstract_model
+from checkpoints.names import Leaf, leaf_table
+from checkpoints.source import WEIGHTS, OfficialSource, open_source
+from dsv4_jax.config import ModelConfig
+
+PARTS = {  # a path fragment -> the part of the model it belongs to; the first that matches counts
+    "mtp.": "MTP",
+    ".experts.": "routed experts",
+    ".shared_experts.": "shared expert",
+    ".gate.": "router",
+    ".indexer.": "indexer",
+    ".compressor.": "compressor",
+    ".self_attn.": "attention",
+    "_hc.": "hyper-connections",
+    "hc_head.": "hyper-connections",
+    "embed_tokens": "embedding",
+    "lm_head": "LM head",
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Counts by official dtype and by part of the model; bytes are those of the tensors, not of the files."""
+
+    path: str
+    format: str
+    model: str
+    parameters: int
+    bytes: int
+    tensors: int
+    files: int
+    draft: str
+    by_dtype: dict[str, dict[str, int]]
+    by_part: dict[str, dict[str, int]]
+    config: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Describe a checkpoint, official or converted, after checking it against its config. Raises CheckpointError."""
+    source = open_source(path)
+    table = leaf_table(abstract_model(source.config))
+    source.check(table)
+    by_dtype: dict[str, dict[str, int]] = {}
+    by_part: dict[str, dict[str, int]] = {}
+    for leaf, nbytes, parameters in _sizes(table):
+        dtype = by_dtype.setdefault(leaf.official, {"tensors": 0, "bytes": 0})
+        dtype["tensors"] += len(leaf.pieces)
+        dtype["bytes"] += nbytes
+        part = by_part.setdefault(_part(leaf.path), {"parameters": 0, "bytes": 0})
+        part["parameters"] += parameters
+        part["bytes"] += nbytes
+    official = isinstance(source, OfficialSource)
+    files = source.reader.files if isinstance(source, OfficialSource) else list((source.path / WEIGHTS).rglob("*"))
+    return Inspection(
+        path=str(path),
+        format="official" if official else "converted",
+        model=_describe(source.config),
+        parameters=sum(part["parameters"] for part in by_part.values()),
+        bytes=sum(part["bytes"] for part in by_part.values()),
+        tensors=sum(len(leaf.pieces) for leaf in table.values()),
+        files=len(files),
+        draft=source.config.draft,
+        by_dtype=by_dtype,
+        by_part=by_part,
+        config=source.fields,
+    )
+
+
+def _sizes(table: dict[str, Leaf]) -> Iterator[tuple[Leaf, int, int]]:
+    """(leaf, official bytes, parameters); scales and lookup tables are no parameters, a packed byte is two."""
+    itemsize = {"BF16": 2, "F32": 4, "I64": 8, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1}
+    for leaf in table.values():
+        count = math.prod(leaf.shape)
+        no_weight = leaf.path.endswith(".scale") and leaf.path.removesuffix("scale") + "data" in table
+        parameters = 0 if no_weight or leaf.official == "I64" else count * (2 if leaf.official == "I8" else 1)
+        yield leaf, count * itemsize[leaf.official], parameters
+
+
+def _part(path: str) -> str:
+    return next((part for fragment, part in PARTS.items() if fragment in path or path.startswith(fragment)), "norms")
+
+
+def _describe(config: ModelConfig) -> str:
+    kinds = [spec.kind.split("_")[0] for spec in config.layers]
+    counts = ", ".join(
+        f"{kinds.count(kind)} {label}"
+        for kind, label in (("sliding", "sliding"), ("compressed", "CSA"), ("heavily", "HCA"))
+    )
+    weights = f"fp8 + {config.quantization.expert_format} experts" if config.quantization else "bf16"
+    return f"DeepSeek-V4, {config.num_hidden_layers} layers ({counts}), hidden {config.hidden_size}, {weights}"
