@@ -11,7 +11,7 @@ from flax import nnx
 
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.linear import Buffer, linear, matmul, weight
-from dsv4_jax.quantized import Weight
+from dsv4_jax.quantized import Weight, dequantize
 
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
 
@@ -26,7 +26,8 @@ def mlp(x: jax.Array, gate_up: Weight, down: Weight, limit: float, weights: jax.
 
     `weights` [..., 1], the routing weight, goes in before the down projection, as in the reference.
     """
-    gate, up = (linear(x, gate_up[half]).astype(jnp.float32) for half in range(2))
+    both = dequantize(gate_up, x.dtype).reshape(-1, x.shape[-1])
+    gate, up = jnp.split(linear(x, both).astype(jnp.float32), 2, axis=-1)
     hidden = clamped_swiglu(gate, up, limit)
     return linear((hidden if weights is None else hidden * weights).astype(x.dtype), down)
 

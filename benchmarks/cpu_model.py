@@ -1,0 +1,182 @@
+"""One CPU, float32, batch 1: prefill and decode of this project, of transformers, and the floors of the machine.
+
+Everything is measured in one run. Decode is the difference of two `generate` calls, so that the prefill cancels; floors
+are measured before and after, and the faster reading counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import checkpoints
+import dsv4_jax
+from benchmarks import floors, random_prompt
+from benchmarks.models import MODELS, count_parameters
+from checkpoints.synth import synth
+from dsv4_jax.config import ModelConfig
+
+NEW_TOKENS = 64
+TINY_PROMPT, REPEATS = 128, 5
+ROOT = Path(__file__).resolve().parent.parent
+NO_PEER = "transformers not installed: pip install dsv4-jax[oracle]"
+
+# What is asked of us: at most so many times the floor, at least so many times as fast as transformers.
+TARGETS = {
+    "decode": {"floor": 2.0, "transformers": 2.5},
+    "prefill": {"floor": 3.0, "transformers": 1.5},
+    "tiny decode": {"transformers": 10.0},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=sorted(MODELS), default="75M", help="the synthesised model")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="decode steps that are timed, and one more")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="runs of which the median counts")
+    parser.add_argument("--tiny", type=Path, default=checkpoints.bundled_path(), help="default: the bundled checkpoint")
+    parser.add_argument("--peer-python", help="an interpreter that has torch and transformers, if this one has not")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything; milliseconds, GB/s (1e9) and GFLOP/s."""
+    if args.new_tokens < 2 or args.prompt_tokens < 1 or args.repeats < 1:
+        raise ValueError("--new-tokens must be at least 2, --prompt-tokens and --repeats at least 1")
+    config = ModelConfig.from_dict(MODELS[args.model])
+    before = {"GB/s": floors.read_bandwidth(), "GFLOP/s": floors.gemm_rate()}
+    peer_python = find_peer(args.peer_python)
+    sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "repeats": args.repeats}
+    with tempfile.TemporaryDirectory(prefix="dsv4-benchmark-") as directory:
+        path = synth(MODELS[args.model], Path(directory) / args.model)
+        rows = compare(path, peer_python, **sizes)
+    after = {"GB/s": floors.read_bandwidth(), "GFLOP/s": floors.gemm_rate()}
+    machine = {kind: {how: max(rate, after[kind][how]) for how, rate in by.items()} for kind, by in before.items()}
+    tiny = compare(args.tiny, peer_python, **sizes | {"prompt_tokens": TINY_PROMPT})
+    decode_bytes = floors.touched_bytes(config, args.prompt_tokens + args.new_tokens // 2)
+    flops = floors.prefill_flops(config, args.prompt_tokens)
+    rows["decode"]["floor_ms"] = decode_bytes / max(machine["GB/s"].values()) / 1e6
+    rows["prefill"]["floor_ms"] = flops / max(machine["GFLOP/s"].values()) / 1e6
+    return {
+        "model": {"name": args.model, "parameters": count_parameters(MODELS[args.model])} | sizes,
+        "machine": machine | {"decode_bytes": decode_bytes, "prefill_flops": flops},
+        "rows": with_ratios({"prefill": rows["prefill"], "decode": rows["decode"], "tiny decode": tiny["decode"]}),
+        "peer": rows["peer"] or NO_PEER,
+    }
+
+
+def compare(path: Path, peer_python: str | None, **sizes: int) -> dict[str, Any]:
+    """Ours and transformers' milliseconds on one checkpoint; under "peer" its versions and whether tokens agree."""
+    ours = measure_ours(path, **sizes)
+    rows: dict[str, Any] = {k: {"ours_ms": ours[f"{k}_ms"]} for k in ("prefill", "decode")}
+    if peer_python is None:
+        return rows | {"peer": None}
+    peer = measure_peer(peer_python, path, **sizes)
+    for what in ("prefill", "decode"):
+        rows[what] |= {"transformers_ms": peer[f"{what}_ms"], "transformers_threads": peer[f"{what}_threads"]}
+        rows[what]["transformers_by_threads_ms"] = {r["threads"]: r[f"{what}_ms"] for r in peer["by_threads"]}
+    return rows | {"peer": {"versions": peer["versions"], "same_tokens": ours["tokens"] == peer["tokens"]}}
+
+
+def measure_ours(path: Path, *, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of a prefill with its first token, and of one decode step after it."""
+    model = checkpoints.load(path, max_tokens=prompt_tokens + new_tokens, dtype=jnp.float32)
+    prompt = random_prompt(prompt_tokens, model.config.vocab_size)[None]
+
+    def timed(new: int) -> tuple[float, np.ndarray]:
+        began = time.perf_counter()
+        out = dsv4_jax.generate(model, prompt, max_new_tokens=new)
+        return time.perf_counter() - began, out.tokens[0]
+
+    timed(1), timed(new_tokens)  # compile
+    short, steps = [], []
+    for _ in range(repeats):
+        first, _ = timed(1)
+        whole, tokens = timed(new_tokens)
+        short.append(first)
+        steps.append((whole - first) / (new_tokens - 1))
+    medians = {"prefill_ms": 1e3 * statistics.median(short), "decode_ms": 1e3 * statistics.median(steps)}
+    return medians | {"tokens": tokens.tolist()}
+
+
+def find_peer(asked: str | None) -> str | None:
+    """The interpreter to time transformers with: the one asked for, or this one if it has them, or None.
+
+    Raises ValueError if the one asked for cannot import torch and transformers' DeepSeek-V4.
+    """
+    if asked is None:
+        return sys.executable if all(map(importlib.util.find_spec, ("torch", "transformers"))) else None
+    check = [asked, "-c", "import torch, transformers.models.deepseek_v4"]
+    try:
+        done = subprocess.run(check, capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError(f"--peer-python {asked}: {error}") from error
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"--peer-python {asked}: {why}; install torch and a transformers that has deepseek_v4 there")
+    return asked
+
+
+def measure_peer(python: str, path: Path, *, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """What `benchmarks.peer_transformers` measures, in a process of its own."""
+    command = [python, "-m", "benchmarks.peer_transformers", str(path), "--json", "--repeats", str(repeats)]
+    command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def with_ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each row with `over_floor` (ours / floor) and `times_transformers` (theirs / ours) where both are known."""
+    for row in rows.values():
+        if "floor_ms" in row:
+            row["over_floor"] = row["ours_ms"] / row["floor_ms"]
+        if "transformers_ms" in row:
+            row["times_transformers"] = row["transformers_ms"] / row["ours_ms"]
+    return rows
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the table, the floors behind it and what is missing."""
+    model, machine = result["model"], result["machine"]
+    title = f"{model['name']} ({model['parameters']:,} parameters), float32, batch 1, {model['prompt_tokens']:,} tokens"
+    table = Table("", "ours", "floor", "x floor", "transformers", "x faster", title=title)
+    for name, row in result["rows"].items():
+        target = TARGETS[name]
+        peer = f"{row['transformers_ms']:.2f} ms" if "transformers_ms" in row else "-"
+        floor = f"{row['floor_ms']:.2f} ms" if "floor_ms" in row else "-"
+        over = _judged(row.get("over_floor"), target.get("floor"), at_most=True)
+        faster = _judged(row.get("times_transformers"), target.get("transformers"), at_most=False)
+        table.add_row(name, f"{row['ours_ms']:.2f} ms", floor, over, peer, faster)
+    console.print(table)
+    for unit, label, work in (("GB/s", "decode reads", "decode_bytes"), ("GFLOP/s", "prefill needs", "prefill_flops")):
+        rates = ", ".join(f"{how} {rate:.1f}" for how, rate in machine[unit].items())
+        amount = f"{machine[work] / 1e6:.1f} MB" if work == "decode_bytes" else f"{machine[work] / 1e9:.1f} GFLOP"
+        console.print(f"{label} {amount}; {unit}: {rates}; the highest is the floor")
+    if result["peer"] == NO_PEER:
+        console.print(NO_PEER, markup=False)
+    else:
+        versions = ", ".join(f"{k} {v}" for k, v in result["peer"]["versions"].items())
+        same = "the same tokens" if result["peer"]["same_tokens"] else "DIFFERENT TOKENS"
+        console.print(f"transformers' best of 1 and 2 threads ({versions}); greedy decoding gave {same}")
+
+
+def _judged(ratio: float | None, target: float | None, *, at_most: bool) -> str:
+    if ratio is None or target is None:
+        return "-"
+    met = ratio <= target if at_most else ratio >= target
+    return f"{ratio:.2f} (target {'<=' if at_most else '>='} {target:g}: {'met' if met else 'missed'})"
