@@ -1,7 +1,7 @@
 """One CPU, float32, batch 1: prefill and decode of this project, of transformers, and the floors of the machine.
 
-Everything is measured in one run. Decode is the difference of two `generate` calls, so that the prefill cancels; floors
-are measured before and after, and the faster reading counts.
+Everything is measured in one run. Decode is the difference of two `generate` calls, so that the prefill cancels. Each
+round times ours and the floors in turn, and medians over rounds count, so that a busy machine slows both alike.
 """
 
 from __future__ import annotations
@@ -56,43 +56,44 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything; milliseconds, GB/s (1e9) and GFLOP/s."""
     if args.new_tokens < 2 or args.prompt_tokens < 1 or args.repeats < 1:
         raise ValueError("--new-tokens must be at least 2, --prompt-tokens and --repeats at least 1")
-    config = ModelConfig.from_dict(MODELS[args.model])
-    before = {"GB/s": floors.read_bandwidth(), "GFLOP/s": floors.gemm_rate()}
     peer_python = find_peer(args.peer_python)
+    fields = MODELS[args.model]
+    config = ModelConfig.from_dict(fields)
     sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "repeats": args.repeats}
     with tempfile.TemporaryDirectory(prefix="dsv4-benchmark-") as directory:
-        path = synth(MODELS[args.model], Path(directory) / args.model)
-        rows = compare(path, peer_python, **sizes)
-    after = {"GB/s": floors.read_bandwidth(), "GFLOP/s": floors.gemm_rate()}
-    machine = {kind: {how: max(rate, after[kind][how]) for how, rate in by.items()} for kind, by in before.items()}
-    tiny = compare(args.tiny, peer_python, **sizes | {"prompt_tokens": TINY_PROMPT})
+        path = synth(fields, Path(directory) / args.model)
+        rows, machine = compare(path, peer_python, **sizes)
+    tiny, _ = compare(args.tiny, peer_python, **sizes | {"prompt_tokens": TINY_PROMPT})
     decode_bytes = floors.touched_bytes(config, args.prompt_tokens + args.new_tokens // 2)
     flops = floors.prefill_flops(config, args.prompt_tokens)
     rows["decode"]["floor_ms"] = decode_bytes / max(machine["GB/s"].values()) / 1e6
     rows["prefill"]["floor_ms"] = flops / max(machine["GFLOP/s"].values()) / 1e6
     return {
-        "model": {"name": args.model, "parameters": count_parameters(MODELS[args.model])} | sizes,
+        "model": {"name": args.model, "parameters": count_parameters(fields)} | sizes,
         "machine": machine | {"decode_bytes": decode_bytes, "prefill_flops": flops},
         "rows": with_ratios({"prefill": rows["prefill"], "decode": rows["decode"], "tiny decode": tiny["decode"]}),
         "peer": rows["peer"] or NO_PEER,
     }
 
 
-def compare(path: Path, peer_python: str | None, **sizes: int) -> dict[str, Any]:
-    """Ours and transformers' milliseconds on one checkpoint; under "peer" its versions and whether tokens agree."""
-    ours = measure_ours(path, **sizes)
+def compare(path: Path, peer_python: str | None, **sizes: int) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Ours and transformers' milliseconds on one checkpoint ("peer": versions, equal tokens), and the machine's rates."""
+    ours, machine = measure_ours(path, **sizes)
     rows: dict[str, Any] = {k: {"ours_ms": ours[f"{k}_ms"]} for k in ("prefill", "decode")}
     if peer_python is None:
-        return rows | {"peer": None}
+        return rows | {"peer": None}, machine
     peer = measure_peer(peer_python, path, **sizes)
     for what in ("prefill", "decode"):
         rows[what] |= {"transformers_ms": peer[f"{what}_ms"], "transformers_threads": peer[f"{what}_threads"]}
         rows[what]["transformers_by_threads_ms"] = {r["threads"]: r[f"{what}_ms"] for r in peer["by_threads"]}
-    return rows | {"peer": {"versions": peer["versions"], "same_tokens": ours["tokens"] == peer["tokens"]}}
+    same = ours["tokens"] == peer["tokens"]
+    return rows | {"peer": {"versions": peer["versions"], "same_tokens": same}}, machine
 
 
-def measure_ours(path: Path, *, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a prefill with its first token, and of one decode step after it."""
+def measure_ours(
+    path: Path, *, prompt_tokens: int, new_tokens: int, repeats: int
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Medians over rounds: milliseconds of a prefill with its first token and of a decode step; the machine's rates."""
     model = checkpoints.load(path, max_tokens=prompt_tokens + new_tokens, dtype=jnp.float32)
     prompt = random_prompt(prompt_tokens, model.config.vocab_size)[None]
 
@@ -102,14 +103,20 @@ def measure_ours(path: Path, *, prompt_tokens: int, new_tokens: int, repeats: in
         return time.perf_counter() - began, out.tokens[0]
 
     timed(1), timed(new_tokens)  # compile
-    short, steps = [], []
+    prefills, steps, bandwidths, gemms = [], [], [], []
     for _ in range(repeats):
         first, _ = timed(1)
         whole, tokens = timed(new_tokens)
-        short.append(first)
-        steps.append((whole - first) / (new_tokens - 1))
-    medians = {"prefill_ms": 1e3 * statistics.median(short), "decode_ms": 1e3 * statistics.median(steps)}
-    return medians | {"tokens": tokens.tolist()}
+        prefills.append(1e3 * first)
+        steps.append(1e3 * (whole - first) / (new_tokens - 1))
+        bandwidths.append(floors.read_bandwidth())
+        gemms.append(floors.gemm_rate())
+    ours = {"prefill_ms": statistics.median(prefills), "decode_ms": statistics.median(steps), "tokens": tokens.tolist()}
+    return ours, {"GB/s": _medians(bandwidths), "GFLOP/s": _medians(gemms)}
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(rates[name] for rates in rounds) for name in rounds[0]}
 
 
 def find_peer(asked: str | None) -> str | None:
@@ -179,4 +186,4 @@ def _judged(ratio: float | None, target: float | None, *, at_most: bool) -> str:
     if ratio is None or target is None:
         return "-"
     met = ratio <= target if at_most else ratio >= target
-    return f"{ratio:.2f} (target {'<=' if at_most else '>='} {target:g}: {'met' if met else 'missed'})"
+    return f"{ratio:.2f} {'ok' if met else 'MISSED'} ({'<=' if at_most else '>='} {target:g})"

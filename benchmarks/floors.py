@@ -28,7 +28,7 @@ def best_seconds(call: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def read_bandwidth(repeats: int = 8) -> dict[str, float]:
+def read_bandwidth(repeats: int = 4) -> dict[str, float]:
     """GB/s (1e9 bytes) at which each method reads 256 MiB of float32; the highest is the machine's floor."""
     rows = os.cpu_count() or 1
     host = np.ones((rows, READ_BYTES // 4 // rows), np.float32)
@@ -48,7 +48,7 @@ def read_bandwidth(repeats: int = 8) -> dict[str, float]:
     return rates | {"numpy max": host.nbytes / seconds / 1e9}
 
 
-def gemm_rate(repeats: int = 5) -> dict[str, float]:
+def gemm_rate(repeats: int = 3) -> dict[str, float]:
     """GFLOP/s of a 2048 x 2048 x 2048 float32 product, by XLA and by numpy's BLAS."""
     host = np.random.default_rng(0).standard_normal((GEMM_SIZE, GEMM_SIZE), np.float32)
     device, product, flops = jnp.asarray(host), jax.jit(jnp.matmul), 2 * GEMM_SIZE**3

@@ -21,7 +21,8 @@ from benchmarks.peer_transformers import load_peer, run_once  # noqa: E402  (imp
 CONFIG = PRESETS["flash"] | {
     "vocab_size": 320,
     "hidden_size": 128,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
+    "num_hash_layers": 2,
     "num_nextn_predict_layers": 0,
     "num_attention_heads": 4,
     "head_dim": 128,
@@ -35,7 +36,7 @@ CONFIG = PRESETS["flash"] | {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 64,
-    "compress_ratios": [0, 4, 128, 0, 4, 128],
+    "compress_ratios": [0, 4, 128, 4],
 }
 EXPERT_DTYPES = {"bf16": None, "fp8": "fp4", "fp8base": "fp8"}
 PROMPT, NEW_TOKENS = 300, 24
@@ -71,10 +72,9 @@ def test_logits_of_a_prefill_agree(both):
     assert error.max() <= MAX_ABS and error.mean() <= MEAN_ABS, (error.max(), error.mean())
 
 
-@pytest.mark.parametrize("length", [1, 130, PROMPT])
-def test_greedy_tokens_agree(both, length):
+def test_greedy_tokens_agree(both):
     ours, theirs = both
-    ids = tokens((1, length), seed=2)
+    ids = tokens((1, PROMPT), seed=2)
     expected = run_once(theirs, torch.from_numpy(ids.astype(np.int64)), NEW_TOKENS)["tokens"]
     actual = dsv4_jax.generate(ours, ids, max_new_tokens=NEW_TOKENS).tokens[0].tolist()
     assert actual == expected
@@ -83,7 +83,7 @@ def test_greedy_tokens_agree(both, length):
 def test_the_check_can_fail(both):
     """One stream weight changed by 10 % moves the logits past the tolerance."""
     ours, theirs = both
-    ids = tokens((1, 64), seed=3)
+    ids = tokens((2, PROMPT), seed=3)
     scale = theirs.model.layers[2].attn_hc.scale
     original = scale.data.clone()
     try:

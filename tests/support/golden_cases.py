@@ -1,0 +1,70 @@
+"""The golden cases: where they are, models loaded once per run, and the tolerance they come with."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import checkpoints
+from dsv4_jax import DeepseekV4
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MAX_TOKENS = 1024
+
+# max abs, mean abs, mean KL of logits in float32 (the golden data's own tolerance)
+F32 = (5e-3, 5e-5, 1e-7)
+
+
+def golden_roots() -> list[Path]:
+    """The cases kept here, and, where DSV4_GOLDEN names it, the full set."""
+    extra = os.environ.get("DSV4_GOLDEN")
+    return [GOLDEN, *([Path(extra)] if extra else [])]
+
+
+def golden_checkpoints() -> list[Path]:
+    """Every golden checkpoint directory, each case and flavour once."""
+    found = {}
+    for root in golden_roots():
+        for config in sorted(root.glob("*/*/config.json")):
+            found.setdefault(str(config.parent.relative_to(root)), config.parent)
+    return list(found.values())
+
+
+def case_name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def expected(path: Path, what: str):
+    """The outputs `what` for a checkpoint: <case>/<flavour>.<what>.npz."""
+    return np.load(path.with_name(f"{path.name}.{what}.npz"))
+
+
+def checkpoints_with(what: str):
+    """Parametrise over the golden checkpoints that have outputs `what`."""
+    paths = [p for p in golden_checkpoints() if p.with_name(f"{p.name}.{what}.npz").exists()]
+    assert paths, f"no golden case has {what}"
+    return pytest.mark.parametrize("path", paths, ids=case_name)
+
+
+@functools.lru_cache(maxsize=4)
+def load_model(path: Path, max_tokens: int = MAX_TOKENS) -> DeepseekV4:
+    """A golden checkpoint in float32."""
+    return checkpoints.load(path, max_tokens=max_tokens, dtype=jnp.float32)
+
+
+def assert_logits_close(got, want) -> None:
+    """float32 profile: largest and mean error, mean KL, and the winner wherever it leads by more than 0.05."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    error = np.abs(got - want)
+    log_got, log_want = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (got, want))
+    kl = (np.exp(log_want) * (log_want - log_got)).sum(-1).mean()
+    assert error.max() <= F32[0] and error.mean() <= F32[1] and kl <= F32[2], (error.max(), error.mean(), kl)
+    top = np.sort(want, -1)
+    clear = top[..., -1] - top[..., -2] > 0.05
+    assert (got.argmax(-1) == want.argmax(-1))[clear].all()
