@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        modules[args.name].show(measured, Console())
+        modules[args.name].show(measured, Console(width=None if sys.stdout.isatty() else 120))
     if args.save:
         print(f"saved {save(args.name, result)}", file=sys.stderr)
     return 0

@@ -32,6 +32,7 @@ from dsv4_jax.config import ModelConfig
 
 NEW_TOKENS = 64
 TINY_PROMPT, REPEATS = 128, 5
+BUSY_LOAD = 0.5  # one-minute load average above which other work is in the way
 ROOT = Path(__file__).resolve().parent.parent
 NO_PEER = "transformers not installed: pip install dsv4-jax[oracle]"
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.new_tokens < 2 or args.prompt_tokens < 1 or args.repeats < 1:
         raise ValueError("--new-tokens must be at least 2, --prompt-tokens and --repeats at least 1")
     peer_python = find_peer(args.peer_python)
+    load = os.getloadavg()[0]  # before we add to it
     fields = MODELS[args.model]
     config = ModelConfig.from_dict(fields)
     sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "repeats": args.repeats}
@@ -70,14 +72,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows["prefill"]["floor_ms"] = flops / max(machine["GFLOP/s"].values()) / 1e6
     return {
         "model": {"name": args.model, "parameters": count_parameters(fields)} | sizes,
-        "machine": machine | {"decode_bytes": decode_bytes, "prefill_flops": flops},
+        "machine": machine | {"load_before": load, "decode_bytes": decode_bytes, "prefill_flops": flops},
         "rows": with_ratios({"prefill": rows["prefill"], "decode": rows["decode"], "tiny decode": tiny["decode"]}),
         "peer": rows["peer"] or NO_PEER,
     }
 
 
 def compare(path: Path, peer_python: str | None, **sizes: int) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """Ours and transformers' milliseconds on one checkpoint ("peer": versions, equal tokens), and the machine's rates."""
+    """Ours and transformers' milliseconds on one checkpoint ("peer": versions, equal tokens); the machine's rates."""
     ours, machine = measure_ours(path, **sizes)
     rows: dict[str, Any] = {k: {"ours_ms": ours[f"{k}_ms"]} for k in ("prefill", "decode")}
     if peer_python is None:
@@ -174,6 +176,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         rates = ", ".join(f"{how} {rate:.1f}" for how, rate in machine[unit].items())
         amount = f"{machine[work] / 1e6:.1f} MB" if work == "decode_bytes" else f"{machine[work] / 1e9:.1f} GFLOP"
         console.print(f"{label} {amount}; {unit}: {rates}; the highest is the floor")
+    if machine["load_before"] > BUSY_LOAD:
+        console.print(f"the machine was busy before this began (load {machine['load_before']:.1f}): do not trust these")
     if result["peer"] == NO_PEER:
         console.print(NO_PEER, markup=False)
     else:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ def best_seconds(call: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
+def _finish(call: Callable[..., jax.Array], *args: jax.Array) -> None:
+    call(*args).block_until_ready()
+
+
 def read_bandwidth(repeats: int = 4) -> dict[str, float]:
     """GB/s (1e9 bytes) at which each method reads 256 MiB of float32; the highest is the machine's floor."""
     rows = os.cpu_count() or 1
@@ -41,7 +46,7 @@ def read_bandwidth(repeats: int = 4) -> dict[str, float]:
     }
     rates = {}
     for name, reduction in reductions.items():
-        seconds = best_seconds(lambda reduction=reduction: reduction(device).block_until_ready(), repeats)
+        seconds = best_seconds(partial(_finish, reduction, device), repeats)
         rates[name] = device.nbytes / seconds / 1e9
     with ThreadPoolExecutor(rows) as pool:  # numpy lets go of the interpreter lock while it reduces
         seconds = best_seconds(lambda: list(pool.map(np.max, host)), repeats)
@@ -53,7 +58,7 @@ def gemm_rate(repeats: int = 3) -> dict[str, float]:
     host = np.random.default_rng(0).standard_normal((GEMM_SIZE, GEMM_SIZE), np.float32)
     device, product, flops = jnp.asarray(host), jax.jit(jnp.matmul), 2 * GEMM_SIZE**3
     return {
-        "xla": flops / best_seconds(lambda: product(device, device).block_until_ready(), repeats) / 1e9,
+        "xla": flops / best_seconds(partial(_finish, product, device, device), repeats) / 1e9,
         "numpy": flops / best_seconds(lambda: host @ host, repeats) / 1e9,
     }
 
@@ -100,11 +105,11 @@ def touched_bytes(config: ModelConfig, context: int, batch: int = 1, itemsize: i
     minimum is a little higher.
     """
     M, N = config.hidden_size, config.hc_mult
-    weights = config.vocab_size * M + M + N * N * M + N + 1  # LM head, final norm, hc_head
-    weights += batch * M  # embedding rows
-    weights += sum(_layer_weights(config, spec, context, batch) for spec in config.layers)
+    once = config.vocab_size * M + M + N * N * M + N + 1  # LM head, final norm, hc_head
+    weights = once + batch * M  # embedding rows
+    layers = sum(_layer_weights(config, spec, context, batch) for spec in config.layers)
     cache = batch * sum(_cache_elements(config, spec, context) for spec in config.layers)
-    return round(itemsize * (weights + cache))
+    return round(itemsize * (weights + layers + cache))
 
 
 def _layer_weights(config: ModelConfig, spec: LayerSpec, context: int, batch: int) -> float:
@@ -123,9 +128,10 @@ def _layer_weights(config: ModelConfig, spec: LayerSpec, context: int, batch: in
     return total
 
 
-def _cache_elements(config: ModelConfig, spec: LayerSpec, context: int) -> float:
+def _cache_elements(config: ModelConfig, spec: LayerSpec, context: int) -> int:
     """Window rows, picked entries, scanned index keys, and compressor rows averaged over the steps of one entry."""
-    D, total = config.head_dim, min(config.sliding_window, context + 1) * config.head_dim
+    D = config.head_dim
+    total = min(config.sliding_window, context + 1) * D
     if spec.kind == SLIDING:
         return total
     visible = (context + 1) // spec.ratio

@@ -1,4 +1,4 @@
-"""convert: official files to one Orbax directory in the same number formats; export: the same files back, bit for bit."""
+"""convert: official files to one Orbax directory, number formats kept; export: the same files back, bit for bit."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ CARRIED = "carried."  # prefix of tensors kept for export alone
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def convert(
-    src: str | Path, dst: str | Path, *, force: bool = False, progress: Progress | None = None
-) -> Path:
+def convert(src: str | Path, dst: str | Path, *, force: bool = False, progress: Progress | None = None) -> Path:
     """Write a converted checkpoint: Orbax in the stored formats, config and tokenizer files beside it.
 
     FP8 weights stay FP8 with their scales, FP4 stays packed; experts of a layer are stacked. The directory appears

@@ -63,7 +63,9 @@ def fill(model: DeepseekV4, source: Source, mesh: Mesh | None) -> DeepseekV4:
     sharding = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
     keyed, structure = jax.tree_util.tree_flatten_with_path(model)
     abstract = {leaf_path(keys): leaf for keys, leaf in keyed}
-    targets = {path: jax.ShapeDtypeStruct(abstract[path].shape, abstract[path].dtype, sharding=sharding) for path in table}
+    targets = {
+        path: jax.ShapeDtypeStruct(abstract[path].shape, abstract[path].dtype, sharding=sharding) for path in table
+    }
     arrays = source.arrays(table, targets)
     model = jax.tree.unflatten(structure, [arrays.get(path, leaf) for path, leaf in abstract.items()])
     for table_module in (model.rope_main, model.rope_compress):
@@ -95,5 +97,3 @@ def _max_tokens(config: ModelConfig, max_tokens: int | None) -> int:
     if not 1 <= max_tokens <= limit:
         raise ValueError(f"max_tokens={max_tokens} must be between 1 and the config's max_position_embeddings={limit}")
     return int(max_tokens)
-
-

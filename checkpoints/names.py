@@ -161,7 +161,8 @@ def _matches(arrays) -> Iterator[tuple[str, str, Line, int | None]]:
     """Each (leaf path, field, table line, layer number) for which the model has a parameter."""
     numbers: dict[str, list[int | None]] = {"": [None]}
     for prefix in ("layers", "mtp"):
-        numbers[prefix] = sorted({int(p.split(".")[1]) for p in arrays if p.startswith(prefix + ".")})  # type: ignore[type-var]
+        found = {int(path.split(".")[1]) for path in arrays if path.startswith(prefix + ".")}
+        numbers[prefix] = list(sorted(found))
     for line in TABLE:
         prefix = line.path.split(".")[0] if "{n}" in line.path else ""
         for n in numbers[prefix]:

@@ -16,7 +16,7 @@ import numpy as np
 from checkpoints.errors import CheckpointError
 from checkpoints.names import Leaf
 from checkpoints.shards import ShardReader
-from dsv4_jax.config import ConfigError, ModelConfig
+from dsv4_jax.config import ConfigError, ModelConfig, ScaleFormat, WeightFormat
 
 MANIFEST, WEIGHTS, ORIGINALS = "manifest.json", "weights", "originals"
 FORMAT = "dsv4-jax/1"
@@ -42,7 +42,9 @@ def open_source(path: str | Path) -> Source:
     """The checkpoint at `path`, official or converted."""
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; give a checkpoint directory (config.json beside its weights)")
+        raise CheckpointError(
+            f"{path}: no such directory; give a checkpoint directory (config.json beside its weights)"
+        )
     if (path / MANIFEST).exists() or (path / WEIGHTS).exists():
         return ConvertedSource(path)
     if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
@@ -75,21 +77,21 @@ class OfficialSource(Source):
         self.config = self._with_stored_formats(config)
 
     def _with_stored_formats(self, config: ModelConfig) -> ModelConfig:
-        """Formats follow the stored dtypes; a config that states another expert format is refused (architecture 1.1)."""
+        """Formats follow the stored dtypes; a config that states other experts is refused (architecture 1.1)."""
         expert, scale = (
-            self.reader.tensors.get(name)
-            for name in ("layers.0.ffn.experts.0.w1.weight", "layers.0.attn.wq_a.scale")
+            self.reader.tensors.get(name) for name in ("layers.0.ffn.experts.0.w1.weight", "layers.0.attn.wq_a.scale")
         )
         if config.quantization is None or expert is None:
             return config
-        stored = {"I8": "fp4", "F8_E4M3": "fp8", "BF16": "bf16"}.get(expert.dtype)
+        forms: dict[str, WeightFormat] = {"I8": "fp4", "F8_E4M3": "fp8", "BF16": "bf16"}
+        stored = forms.get(expert.dtype)
         stated = self.fields.get("expert_dtype") or self.fields.get("quantization_config", {}).get("expert_dtype")
         if stored is None or (stated and stated != stored):
             raise CheckpointError(
                 f"{expert.file.name}: {expert.name} is stored as {expert.dtype}, but config.json says "
                 f"expert_dtype={stated!r}; the config and the shards are not of one release"
             )
-        scale_format = "f32" if scale is not None and scale.dtype == "F32" else "e8m0"
+        scale_format: ScaleFormat = "f32" if scale is not None and scale.dtype == "F32" else "e8m0"
         formats = dataclasses.replace(config.quantization, expert_format=stored, scale_format=scale_format)
         return dataclasses.replace(config, quantization=formats)
 
@@ -107,7 +109,7 @@ class OfficialSource(Source):
         unknown = sorted(set(self.reader.tensors) - set(expected) - set(self.carried()))
         if unknown:
             raise CheckpointError(
-                f"{self.path}: unknown {_some('tensor', unknown)}, first in {self.reader.tensors[unknown[0]].file.name}; "
+                f"{self.reader.tensors[unknown[0]].file}: unknown {_some('tensor', unknown)}; "
                 "config.json and the shards are not of one model"
             )
         for name, leaf in expected.items():
@@ -171,7 +173,8 @@ class ConvertedSource(Source):
         missing, unknown = sorted(set(table) - set(written)), sorted(set(written) - set(table))
         if missing or unknown:
             raise CheckpointError(
-                f"{self.path}: does not fit its config.json (missing {missing[:3]}, unknown {unknown[:3]}); convert again"
+                f"{self.path}: does not fit its config.json (missing {missing[:3]}, unknown {unknown[:3]}); "
+                "convert again"
             )
         for path, leaf in table.items():
             if written[path]["shape"] != list(leaf.shape) or written[path]["dtype"] != leaf.stored.name:
@@ -188,10 +191,14 @@ class ConvertedSource(Source):
         checkpointer, args = orbax()
         try:
             # Orbax pairs what it restores with the whole stored tree, so leaves not asked for are left out by it.
-            return checkpointer.restore(self.path.resolve() / WEIGHTS, args=args.PyTreeRestore(
-                item=dict(targets), restore_args=restore_args(targets), partial_restore=True))
+            return checkpointer.restore(
+                self.path.resolve() / WEIGHTS,
+                args=args.PyTreeRestore(item=dict(targets), restore_args=restore_args(targets), partial_restore=True),
+            )
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.path / WEIGHTS}: cannot be read ({error}); run `dsv4 convert` again") from error
+            raise CheckpointError(
+                f"{self.path / WEIGHTS}: cannot be read ({error}); run `dsv4 convert` again"
+            ) from error
 
 
 def orbax():
@@ -218,8 +225,6 @@ def put(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
     """A host array on the target's device(s), in its dtype; the cast happens there."""
     placed = jax.device_put(array, target.sharding)
     return placed if placed.dtype == target.dtype else placed.astype(target.dtype)
-
-
 
 
 def _some(what: str, names: list[str]) -> str:

@@ -119,5 +119,3 @@ def _blockwise(rng: np.random.Generator, shape: tuple[int, ...], dtype, sigma: f
         piece = out[start : start + BLOCK_ELEMENTS]
         piece[:] = (sigma * rng.standard_normal(piece.size, np.float32)).astype(dtype)
     return out.reshape(shape)
-
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,7 @@ class Attention(nnx.Module, abc.ABC):
         self.o_a_proj = linear(config.o_groups * config.o_lora_rank, heads // config.o_groups * dim)
         self.o_b_proj = linear(config.hidden_size, config.o_groups * config.o_lora_rank)
 
-    def __call__(
-        self, x: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
-    ) -> tuple[jax.Array, LayerCache]:
+    def __call__(self, x: jax.Array, rope: RopeTable, cache: LayerCache, step: Step) -> tuple[jax.Array, LayerCache]:
         """x [B, T, M] -> [B, T, M] and the layer's cache after this step."""
         rotation = rope(step.positions)
         latent = self.q_a_norm(self.kernels.project(x, self.q_a_proj.get_value()))
@@ -52,9 +51,9 @@ class Attention(nnx.Module, abc.ABC):
         window, ring = extend_window(cache.window, kv, step, self.window)
         (entries, picks), cache = self.compress(x, latent, rotation, rope, cache, step)
         query, sinks = self._pad_heads(query)
-        out = self.kernels.sparse_mla(
-            query, step.positions, window, entries, picks, sinks, scale=self.dim**-0.5
-        )[:, :, : self.heads]
+        out = self.kernels.sparse_mla(query, step.positions, window, entries, picks, sinks, scale=self.dim**-0.5)[
+            :, :, : self.heads
+        ]
         out = self.kernels.output_projection(
             out, rotation, self.o_a_proj.get_value(), self.o_b_proj.get_value(), self.groups
         )
@@ -115,4 +114,4 @@ class CsaAttention(Attention):
         return (compressed.entries, picks), dataclasses.replace(cache, compressor=compressed, indexer=keys)
 
 
-ATTENTION = {SLIDING: WindowAttention, CSA: CsaAttention, HCA: HcaAttention}
+ATTENTION: dict[str, Callable[..., Attention]] = {SLIDING: WindowAttention, CSA: CsaAttention, HCA: HcaAttention}

@@ -65,7 +65,7 @@ class Step:
 
 
 def init_cache(config: ModelConfig, batch: int, max_tokens: int, dtype, *, drafts: int = 0) -> Cache:
-    """An empty cache for `batch` sequences of up to `max_tokens`; `drafts` is the ring slack for tokens to be rejected."""
+    """An empty cache for `batch` sequences of up to `max_tokens`; `drafts` is ring slack for rejected tokens."""
     layers = tuple(init_layer_cache(config, spec, batch, max_tokens, dtype, drafts=drafts) for spec in config.layers)
     return Cache(layers, jnp.zeros((batch,), jnp.int32))
 
@@ -113,7 +113,7 @@ def read_rows(ring: jax.Array, rows: jax.Array, step: Step, positions: jax.Array
 
 def extend_window(ring: jax.Array, rows: jax.Array, step: Step, size: int) -> tuple[Window, jax.Array]:
     """What this step's queries can see of the window, and the ring after the step."""
-    (B, slots, _), T = ring.shape, rows.shape[1]
+    slots, T = ring.shape[1], rows.shape[1]
     written = write_ring(ring, rows, step)
     if T <= slots - size + 1:  # the ring still holds everything the first query needs
         newest = step.end[:, None] - 1

@@ -141,8 +141,9 @@ ALIASES = {
 }
 # Fields that change nothing we compute.
 IGNORED = frozenset(
-    "architectures attention_dropout auto_map initializer_range torch_dtype transformers_version use_cache pad_token_id "
-    "max_batch_size max_seq_len return_dict output_attentions output_hidden_states chunk_size_feed_forward id2label "
+    "architectures attention_dropout auto_map initializer_range torch_dtype transformers_version use_cache "
+    "pad_token_id max_batch_size max_seq_len return_dict output_attentions output_hidden_states "
+    "chunk_size_feed_forward id2label "
     "label2id is_encoder_decoder problem_type _name_or_path router_aux_loss_coef output_router_logits "
     "router_jitter_noise pretraining_tp".split()
 )
@@ -253,10 +254,9 @@ class _Reader:
             compress = _agree("compress_rope_theta", compress, nested_compress.pop("rope_theta", None))
             if scaling is None and nested_compress.get("rope_type", nested_compress.get("type")) == "yarn":
                 scaling = nested_compress
-        defaults = ModelConfig.__dataclass_fields__
         return {
-            "rope_theta": float(defaults["rope_theta"].default if main is None else main),
-            "compress_rope_theta": float(defaults["compress_rope_theta"].default if compress is None else compress),
+            "rope_theta": float(ModelConfig.rope_theta if main is None else main),
+            "compress_rope_theta": float(ModelConfig.compress_rope_theta if compress is None else compress),
             "rope_scaling": None if scaling is None else _yarn(scaling),
         }
 
@@ -336,7 +336,8 @@ class _Reader:
             raise ConfigError(f"unknown quantization_config field(s) {sorted(spec)}")
         if len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block):
             raise ConfigError(f"quantization_config.weight_block_size={list(block)} must be two positive integers")
-        return Quantization(block, experts, "e8m0" if experts == "fp4" else "f32")
+        form: WeightFormat = "fp4" if experts == "fp4" else "fp8"
+        return Quantization(block, form, "e8m0" if form == "fp4" else "f32")
 
 
 def _agree(name: str, one: Any, other: Any) -> Any:
@@ -355,10 +356,18 @@ def _yarn(scaling: Mapping[str, Any]) -> Yarn | None:
     if kind != "yarn" or scaling.pop("attention_factor", 1.0) != 1.0:
         raise ConfigError(f"rope_scaling {kind!r} is not supported; expected 'yarn' with attention_factor 1.0")
     known = {f.name for f in dataclasses.fields(Yarn)}
-    unknown, missing = sorted(set(scaling) - known), sorted({"factor", "original_max_position_embeddings"} - set(scaling))
+    unknown, missing = (
+        sorted(set(scaling) - known),
+        sorted({"factor", "original_max_position_embeddings"} - set(scaling)),
+    )
     if unknown or missing:
         raise ConfigError(f"rope_scaling: unknown fields {unknown}, missing fields {missing}")
-    return Yarn(**{k: int(v) if k.startswith("original") else float(v) for k, v in scaling.items()})
+    return Yarn(
+        factor=float(scaling["factor"]),
+        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+        beta_fast=float(scaling.get("beta_fast", Yarn.beta_fast)),
+        beta_slow=float(scaling.get("beta_slow", Yarn.beta_slow)),
+    )
 
 
 def _check_consistent(c: ModelConfig) -> None:

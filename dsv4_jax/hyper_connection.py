@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -37,7 +39,8 @@ def split_mix(mix, base, scale, n: int, iterations: int, eps: float) -> tuple[ja
 
 def weigh_streams(streams: jax.Array, weights: jax.Array) -> jax.Array:
     """Sum over j of weights[..., j] * streams[..., j, :], in fp32; unrolled so that it fuses."""
-    return sum(weights[..., j, None] * streams[..., j, :].astype(jnp.float32) for j in range(streams.shape[-2]))
+    terms = [weights[..., j, None] * streams[..., j, :].astype(jnp.float32) for j in range(streams.shape[-2])]
+    return functools.reduce(jnp.add, terms)
 
 
 class HyperConnection(nnx.Module):

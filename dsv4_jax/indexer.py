@@ -1,4 +1,4 @@
-"""Lightning indexer: small heads score the compressed entries, the best `index_topk` are attended to (architecture 5)."""
+"""Lightning indexer: small heads score the compressed entries; the best `index_topk` are read (architecture 5)."""
 
 from __future__ import annotations
 

@@ -55,9 +55,7 @@ class DeepseekV4(nnx.Module):
 
     def init_mtp_cache(self, batch: int, *, drafts: int = 0) -> tuple[LayerCache, ...]:
         """An empty cache per MTP layer; sliding layers need no capacity beyond their window."""
-        make = lambda spec: init_layer_cache(
-            self.config, spec, batch, self.max_tokens, self.cache_dtype, drafts=drafts
-        )
+        make = lambda spec: init_layer_cache(self.config, spec, batch, self.max_tokens, self.cache_dtype, drafts=drafts)
         return tuple(make(spec) for spec in self.config.mtp_layers)
 
     def __call__(self, tokens: jax.Array, cache: Cache, count: jax.Array) -> tuple[jax.Array, Cache]:

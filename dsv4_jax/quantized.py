@@ -17,7 +17,7 @@ FP4_BLOCK = (1, 32)  # a routed expert's fp4 weight has one scale per row and 32
 class QuantizedArray:
     """A weight [..., N, K] as codes times one scale per block of `block` rows x columns (a last block may be partial).
 
-    data: float8_e4m3fn [..., N, K], or, `packed`, uint8 [..., N, K // 2] with two e2m1 codes a byte, low nibble = even k.
+    data: float8_e4m3fn [..., N, K], or, `packed`, uint8 [..., N, K // 2]: two e2m1 codes a byte, low nibble = even k.
     scale: uint8 e8m0 exponent bytes or float32, [..., ceil(N / block[0]), ceil(K / block[1])].
     """
 
@@ -46,8 +46,31 @@ def decode_e8m0(scale: jax.Array) -> jax.Array:
     return jnp.where(scale == 255, jnp.nan, jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
+def decode_e4m3(codes: jax.Array) -> jax.Array:
+    """float8_e4m3fn -> float32, exactly. CPUs have no such conversion, but have one from float16 (twice as fast)."""
+    return jax.lax.platform_dependent(codes, cpu=_e4m3_by_f16, default=lambda c: c.astype(jnp.float32))
+
+
 def decode_e2m1(codes: jax.Array) -> jax.Array:
     """uint8 codes 0..15 -> float32 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, by placing bits."""
+    return jax.lax.platform_dependent(codes, cpu=_e2m1_by_f16, default=_e2m1_by_f32)
+
+
+def _e4m3_by_f16(codes: jax.Array) -> jax.Array:
+    """Sign, exponent and mantissa in float16's fields are the value times 2^-8, subnormals included."""
+    bits = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint16)
+    half = jax.lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
+    return jnp.where((bits & 0x7F) == 0x7F, jnp.nan, half.astype(jnp.float32) * 2**8)
+
+
+def _e2m1_by_f16(codes: jax.Array) -> jax.Array:
+    """As above; the value times 2^-14."""
+    bits = codes.astype(jnp.uint16)
+    half = jax.lax.bitcast_convert_type(((bits & 8) << 12) | ((bits & 7) << 9), jnp.float16)
+    return half.astype(jnp.float32) * 2**14
+
+
+def _e2m1_by_f32(codes: jax.Array) -> jax.Array:
     codes = codes.astype(jnp.uint32)
     sign, exponent, mantissa = (codes & 8) << 28, (codes >> 1) & 3, codes & 1
     normal = ((exponent + 126) << 23) | (mantissa << 22)
@@ -68,9 +91,9 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     """
     if not isinstance(weight, QuantizedArray):
         return weight.astype(dtype)
-    codes = unpack_fp4(weight.data) if weight.packed else weight.data.astype(jnp.float32)
+    codes = unpack_fp4(weight.data) if weight.packed else decode_e4m3(weight.data)
     scale = decode_e8m0(weight.scale) if weight.scale.dtype == jnp.uint8 else weight.scale.astype(jnp.float32)
-    return (codes * _expand(scale, weight.block, codes.shape[-2:])).astype(dtype)
+    return (codes * _expand(scale, weight.block, (codes.shape[-2], codes.shape[-1]))).astype(dtype)
 
 
 def _expand(scale: jax.Array, block: tuple[int, int], shape: tuple[int, int]) -> jax.Array:

@@ -209,7 +209,7 @@ class _Request:
         sampler = Greedy() if sampler is None else sampler
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler={sampler!r} must be a Sampler such as Greedy() or Sample(temperature=0.7)")
-        _check_room(model, lengths, max_new_tokens)
+        _check_room(model, lengths, int(max_new_tokens))
         stop = np.asarray(list(stop_ids), np.int64)
         _check_ids(model, stop, "stop_ids")
         stop = np.concatenate([stop, np.full(8 - len(stop) % 8, -2)]).astype(np.int32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.index_topk.reference import index_scores
 from pallas_kernels.sparse_mla.reference import Indices, Mask, Picks
+from pallas_kernels.sparse_mla.xla import split_queries
 
 SCORE_BYTES = 32 << 20  # bound on one block's per-head scores
 DENSE_LIMIT = 4  # up to this many entries per pick, a mask over all entries beats gathering rows
@@ -22,12 +23,9 @@ def pick_entries_xla(q, weights, keys, visible, *, top_k: int) -> Picks:
     def scored():
         if T <= block:
             return pick(q, weights, keys, visible, top_k)
-        pad = -T % block
-        split = lambda x: jnp.moveaxis(
-            jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(B, -1, block, *x.shape[2:]), 1, 0
-        )
-        out = jax.lax.map(lambda args: pick(args[0], args[1], keys, args[2], top_k), tuple(map(split, (q, weights, visible))))
-        return jnp.moveaxis(out, 0, 1).reshape(B, T + pad, -1)[:, :T]
+        blocks = jax.tree.map(lambda x: split_queries(x, block), (q, weights, visible))
+        out = jax.lax.map(lambda args: pick(args[0], args[1], keys, args[2], top_k), blocks)
+        return jnp.moveaxis(out, 0, 1).reshape(B, -1, out.shape[-1])[:, :T]
 
     picked = jax.lax.cond(visible.max() <= top_k, lambda: everything(visible, N, top_k), scored)
     return Mask(picked) if dense else Indices(picked)

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("rows", "positions"), meta_fields=("size", "is_band")
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("rows", "positions"), meta_fields=("size", "is_band"))
 @dataclass(frozen=True)
 class Window:
     """Recent KV rows in any order; the query at position p attends to those with p - size < position <= p.
@@ -102,10 +100,10 @@ def sparse_mla(q, positions, window: Window, entries, picks: Picks | None, sinks
     """
     check_shapes(q, positions, window, entries, picks, sinks)
     pools = [(window.rows[:, None], window.visible(positions))]
-    if entries is not None:
+    if picks is not None:
         pools.append(picked_entries(entries, picks))
-    rows = [jnp.where(seen[..., None], row, 0).astype(jnp.float32) for row, seen in pools]  # [B, T, C, D]
-    rows = jnp.concatenate(rows, axis=2)
+    masked = [jnp.where(seen[..., None], row, 0).astype(jnp.float32) for row, seen in pools]
+    rows = jnp.concatenate(masked, axis=2)  # [B, T, C, D]
     seen = jnp.concatenate([seen for _, seen in pools], axis=2)[:, :, None]  # [B, T, 1, C]
     logits = jnp.einsum("BTHD,BTCD->BTHC", q.astype(jnp.float32), rows, precision="highest") * scale
     logits = jnp.where(seen, logits, -jnp.inf)

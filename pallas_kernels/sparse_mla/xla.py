@@ -21,14 +21,13 @@ def sparse_mla_xla(q, positions, window: Window, entries, picks: Picks | None, s
     T, block = q.shape[1], _query_block(q, picks)
     if T <= block:
         return _attend(q, positions, window, entries, picks, sinks, scale)
-    pad = -T % block
-    q, positions, picks = jax.tree.map(lambda x: _split(x, pad, block), (q, positions, picks))
+    q, positions, picks = jax.tree.map(lambda x: split_queries(x, block), (q, positions, picks))
 
     def attend(blocks):
         q, positions, picks, first = blocks
         return _attend(q, positions, _band(window, first, block), entries, picks, sinks, scale)
 
-    window = _pad_rows(window, pad)
+    window = _pad_rows(window, -T % block)
     out = jax.lax.map(attend, (q, positions, picks, jnp.arange(q.shape[0]) * block))
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :T]
@@ -42,9 +41,9 @@ def _query_block(q, picks) -> int:
     return max(1, min(QUERY_BLOCK, GATHER_BYTES // row_bytes))
 
 
-def _split(x, pad: int, block: int):
-    """[B, T, ...] -> [blocks, B, block, ...]."""
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+def split_queries(x, block: int):
+    """[B, T, ...] -> [blocks, B, block, ...], padded with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 

@@ -1,0 +1,39 @@
+# Each target makes its own virtual environment; nothing but Python 3.11 or newer is needed.
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test oracle bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/dsv4 generate --prompt "The first minute" --max-new-tokens 64
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not oracle"
+
+oracle: $(VENV)/.test $(VENV)/.oracle
+	$(BIN)/pytest -q -m oracle tests/oracle
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks cpu
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.test $(VENV)/.oracle: $(VENV)/.%: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
