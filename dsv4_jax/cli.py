@@ -4,46 +4,71 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from dsv4_jax import DeepseekV4, Generation, Sampler, StreamEvent
 
 app = typer.Typer(
     name="dsv4",
     help="DeepSeek-V4 in JAX: convert checkpoints, look into them, generate.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, soft_wrap=True)
+# typer has moved its exceptions between releases; the base of BadParameter is the usage error in all of them.
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
+STOP_HELP = "Token id that ends a row; may be repeated. Default: the config's eos_token_id for text, none for --tokens."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def main() -> None:
-    """Entry point: bad input ends in one or two lines on stderr and exit status 1."""
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 done, 1 bad input or files, 2 usage, 130 interrupted.
+
+    Errors are one or two lines on stderr; `--debug` raises them instead.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        app()
-    except (ValueError, OSError) as error:
-        if "--debug" in sys.argv:
+        status = app(args=argv, prog_name="dsv4", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if "--debug" in argv:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(error)}", highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return _explain(error)
+    return status if isinstance(status, int) else 0
 
 
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+def _explain(error: Exception) -> int:
+    """Say what went wrong, in at most two lines of text; returns the exit status."""
+    if isinstance(error, UsageError):
+        message, status = f"{error.format_message()}\ndsv4 --help and dsv4 COMMAND --help say what is possible", 2
+    elif isinstance(error, (ValueError, OSError)):
+        message, status = str(error), 1
+    else:
+        message, status = f"{type(error).__name__}: {error}\nnot foreseen; --debug shows where", 1
+    lines = message.splitlines()
+    shown = lines if len(lines) <= 2 else [lines[0], lines[-1] if status == 2 else "--debug shows more"]
+    stderr.print(Text.assemble(("error:", "bold red"), " ", "\n".join(shown)))
+    return status
 
 
 @app.command()
@@ -60,7 +85,7 @@ def convert(
     """
     import checkpoints
 
-    with _progress_in_bytes("converting") as update:
+    with _progress("converting", TransferSpeedColumn()) as update:
         checkpoints.convert(src, dst, force=force, progress=update)
     _report({"converted": str(src), "written": str(dst)}, as_json)
 
@@ -79,7 +104,8 @@ def export(
     """
     import checkpoints
 
-    checkpoints.export(src, dst, force=force)
+    with _busy("exporting"):
+        checkpoints.export(src, dst, force=force)
     _report({"exported": str(src), "written": str(dst)}, as_json)
 
 
@@ -126,9 +152,9 @@ def synth(
 
     if config not in PRESETS and not Path(config).is_file():
         raise ValueError(f"--config {config}: neither a file nor one of {', '.join(PRESETS)}")
-    fields = PRESETS[config] if config in PRESETS else json.loads(Path(config).read_text())
+    fields = PRESETS[config] if config in PRESETS else _read_json(Path(config))
     fields = fields if layers is None else with_layers(fields, layers)
-    with _progress_in_bytes("writing", "tensors") as update:
+    with _progress("writing", TextColumn("{task.completed:,.0f} tensors")) as update:
         write(fields, out, seed=seed, force=force, progress=update)
     _report({"config": config, "written": str(out)}, as_json)
 
@@ -146,7 +172,7 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Keep tokens this fraction as probable as the best.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     drafts: Annotated[int, typer.Option(help="Speculative drafts per step.")] = 0,
-    stop: Annotated[list[int] | None, typer.Option(help="Token id that ends a row; may be repeated.")] = None,
+    stop: Annotated[list[int] | None, typer.Option(help=STOP_HELP)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Length of the cache, prompt included.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     kernels: Annotated[str, typer.Option(help="Platform strategy.")] = "auto",
@@ -165,79 +191,166 @@ def generate(
 
     path = checkpoints.bundled_path() if path is None else path
     sampler = _sampler(temperature, top_k, top_p, min_p)
-    tokenizer = checkpoints.load_tokenizer(path) if path.is_dir() else None
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        with stderr.status("loading") if stderr.is_terminal else _nothing():
-            model = checkpoints.load(path, max_tokens=max_tokens, dtype=dtype, kernels=kernels, numerics=numerics)
-    for note in notes:
-        stderr.print(f"note: {note.message}", highlight=False)
-    ids, lengths = _prompt_ids(prompt, prompt_file, tokens, tokenizer, model.config.bos_token_id)
-    stop_ids = [model.config.eos_token_id] if stop is None and model.config.eos_token_id is not None else stop or []
+    text, ids = _read_prompt(prompt, prompt_file, tokens)
+    tokenizer = checkpoints.load_tokenizer(path)
+    if text is not None and tokenizer is None and path.is_dir():  # before the weights, which may take long
+        raise ValueError(f"{path}: has no tokenizer.json; give the prompt as ids with --tokens FILE.npy")
+    model = _load(path, max_tokens=max_tokens, dtype=dtype, kernels=kernels, numerics=numerics)
+    lengths = None
+    if ids is not None:
+        ids, lengths = _strip_padding(ids, tokens)
+    else:
+        assert text is not None and tokenizer is not None
+        ids = _encode(text, tokenizer, model)
+        eos = model.config.eos_token_id
+        stop = [eos] if stop is None and eos is not None else stop
     request: dict[str, Any] = {
         "lengths": lengths,
         "max_new_tokens": max_new_tokens,
         "sampler": sampler,
         "seed": seed,
-        "stop_ids": stop_ids,
+        "stop_ids": stop or (),
         "drafts": drafts,
     }
+    if as_json or len(ids) > 1:
+        _print_rows(dsv4_jax.generate(model, ids, **request), tokenizer, as_json)
+    else:
+        _stream_text(dsv4_jax.stream(model, ids, **request), tokenizer)
+
+
+def _load(path: Path, **options: Any) -> DeepseekV4:
+    """checkpoints.load, its warnings as notes on stderr."""
+    import checkpoints
+
+    with warnings.catch_warnings(record=True) as notes, _busy("loading"):
+        warnings.simplefilter("always", UserWarning)
+        model = checkpoints.load(path, **options)
+    for note in notes:
+        stderr.print(Text(f"note: {note.message}"))
+    return model
+
+
+def _print_rows(out: Generation, tokenizer: Tokenizer | None, as_json: bool) -> None:
+    """All rows at once: one JSON object, or a line each and statistics."""
+    rows = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows] if tokenizer else None
     if as_json:
-        out = dsv4_jax.generate(model, ids, **request)
-        rows = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
-        text = [tokenizer.decode(row, skip_special_tokens=True) for row in rows] if tokenizer else None
-        print(json.dumps({"tokens": rows, "text": text, "stats": out.stats.to_json()}))
+        print(json.dumps({"tokens": rows, "text": texts, "stats": out.stats.to_json()}))
         return
-    if len(ids) > 1:
-        raise ValueError(f"{len(ids)} rows cannot stream to one terminal; use --json")
-    _stream_text(dsv4_jax.stream(model, ids, **request), tokenizer)
+    for number, row in enumerate(texts or [" ".join(map(str, row)) for row in rows]):
+        _write(f"[{number}] {row}\n")
+    seconds = f"{out.stats.seconds:.2f} s, compilation included"
+    stderr.print(f"{out.stats.new_tokens} tokens in {seconds}", highlight=False)
 
 
-def _stream_text(events: Iterator, tokenizer) -> None:
-    """Print a row as it comes, holding back bytes that do not make a character yet; then its statistics."""
-    import time
-
+def _stream_text(events: Iterator[StreamEvent], tokenizer: Tokenizer | None) -> None:
+    """Print a row as it comes, then its statistics."""
     began = first = time.perf_counter()
-    ids: list[int] = []
-    shown = ""
+    pieces = _Detokenizer(tokenizer) if tokenizer else None
+    count = 0
     for event in events:
-        if not ids:
+        token, count = int(event.tokens[0]), count + 1
+        if count == 1:
             first = time.perf_counter()
-        ids.append(int(event.tokens[0]))
-        text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else " ".join(map(str, ids))
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer else shown
-    print(text[len(shown) :])
+        _write(pieces.add(token) if pieces else f"{token} ")
     decode = time.perf_counter() - first
-    rate = f", {(len(ids) - 1) / decode:.1f} tokens/s after it" if len(ids) > 1 and decode else ""
-    stderr.print(f"{len(ids)} tokens; first after {first - began:.2f} s{rate}", highlight=False)
+    _write(f"{pieces.rest()}\n" if pieces else "\n")
+    rate = f", {(count - 1) / decode:.1f} tokens/s after it" if count > 1 and decode else ""
+    stderr.print(f"{count} tokens; first after {first - began:.2f} s{rate}", highlight=False)
 
 
-def _prompt_ids(prompt: str | None, prompt_file: Path | None, tokens: Path | None, tokenizer, bos: int | None):
-    """Token ids [B, T] and lengths [B] (or None) from whichever of the three sources was given."""
+def _write(text: str) -> None:
+    """Print generated text now; a terminal gets no control characters, which could do anything to it."""
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    print(text, end="", flush=True)
+
+
+class _Detokenizer:
+    """Text of a byte-level tokenizer, id by id, holding back bytes that do not make a character yet."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []  # since the text last ended on a whole character
+        self.shown = 0  # characters of these printed already
+
+    def add(self, token: int) -> str:
+        """What this id completes. An unfinished character decodes as one U+FFFD at the very end."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        whole = text.removesuffix("\ufffd")
+        new, self.shown = whole[self.shown :], len(whole)
+        if whole == text:
+            self.ids, self.shown = [], 0
+        return new
+
+    def rest(self) -> str:
+        """What is still held back when no more ids come."""
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.shown :]
+
+
+def _read_prompt(
+    prompt: str | None, prompt_file: Path | None, tokens: Path | None
+) -> tuple[str | None, np.ndarray | None]:
+    """(text, None), or (None, integers [B, T]), from the one source that was given."""
     import numpy as np
 
-    given = [
-        name for name, v in (("prompt", prompt), ("prompt-file", prompt_file), ("tokens", tokens)) if v is not None
-    ]
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--tokens": tokens}
+    given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
-        raise ValueError(f"give one of --prompt, --prompt-file and --tokens (got {', '.join(given) or 'none'})")
-    if tokens is not None:
+        raise UsageError(f"give one of {', '.join(sources)} (got {' and '.join(given) or 'none'})")
+    if tokens is None:
+        text = _read_text(prompt_file) if prompt_file else prompt
+        if not text:
+            raise ValueError(f"empty prompt: {given[0]} has no text; give at least one character")
+        return text, None
+    try:
         ids = np.load(tokens, allow_pickle=False)
-        ids = ids[None] if ids.ndim == 1 else ids
-        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"{tokens}: must hold integers [T] or [B, T], got {ids.dtype} {list(ids.shape)}")
-        return np.maximum(ids, 0), (ids >= 0).sum(1)
-    if tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer.json; give the prompt as ids with --tokens FILE.npy")
-    text = prompt if prompt is not None else Path(str(prompt_file)).read_text()
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    return np.asarray([([] if bos is None else [bos]) + ids]), None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{tokens}: not a .npy file of integers ({error})") from None
+    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive of several arrays"
+        raise ValueError(f"{tokens}: must be a .npy file of integers [T] or [B, T], found {found}")
+    return None, np.atleast_2d(ids)
 
 
-def _sampler(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None):
+def _strip_padding(ids: np.ndarray, file: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """[B, T] padded with -1 at the end of a row -> the same padded with 0, and lengths [B]."""
+    import numpy as np
+
+    lengths = (np.cumsum(ids == -1, axis=1) == 0).sum(1)
+    row, column = np.nonzero((np.arange(ids.shape[1]) >= lengths[:, None]) & (ids != -1))
+    if row.size:
+        raise ValueError(f"{file}: row {row[0]} has {ids[row[0], column[0]]} after a -1; -1 may only end a row")
+    return np.where(ids == -1, 0, ids), lengths
+
+
+def _encode(text: str, tokenizer: Tokenizer, model: DeepseekV4) -> np.ndarray:
+    """Token ids [1, T]; the config's BOS comes first, whether or not the text spells it out."""
+    import numpy as np
+
+    ids, bos = tokenizer.encode(text, add_special_tokens=False).ids, model.config.bos_token_id
+    return np.asarray([ids if bos is None or ids[:1] == [bos] else [bos, *ids]], np.int32)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text (byte {error.start})") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(_read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: must hold a JSON object, the fields of a config.json")
+    return fields
+
+
+def _sampler(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> Sampler:
     import dsv4_jax
 
     if temperature < 0:
@@ -249,29 +362,18 @@ def _sampler(temperature: float, top_k: int | None, top_p: float | None, min_p: 
     return dsv4_jax.Sample(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
-class _nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return None
+def _busy(what: str):
+    """A spinner on stderr where a person looks on."""
+    return stderr.status(what) if stderr.is_terminal else nullcontext()
 
 
-class _progress_in_bytes:
-    """A progress bar on stderr whose update takes (done, total)."""
-
-    def __init__(self, title: str, unit: str = "bytes"):
-        speed = [TransferSpeedColumn()] if unit == "bytes" else [TextColumn("{task.completed:,.0f} " + unit)]
-        columns = [TextColumn(title), BarColumn(), *speed, TimeRemainingColumn()]
-        self.progress = Progress(*columns, console=stderr, transient=True)
-
-    def __enter__(self):
-        self.progress.start()
-        task = self.progress.add_task("", total=None)
-        return lambda done, total: self.progress.update(task, completed=done, total=total)
-
-    def __exit__(self, *_):
-        self.progress.stop()
+@contextmanager
+def _progress(title: str, amount: TextColumn | TransferSpeedColumn) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; gives a function of (done, total)."""
+    columns = (TextColumn(title), BarColumn(), amount, TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _report(fields: dict[str, Any], as_json: bool) -> None:
@@ -296,4 +398,4 @@ def _size(nbytes: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -98,6 +98,14 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def _expand(scale: jax.Array, block: tuple[int, int], shape: tuple[int, int]) -> jax.Array:
     """[..., n, k] block scales -> [..., N, K], cutting what the last blocks have too much."""
-    (rows, columns), (n, k) = shape, scale.shape[-2:]
-    scale = jnp.broadcast_to(scale[..., :, None, :, None], (*scale.shape[:-2], n, block[0], k, block[1]))
-    return scale.reshape(*scale.shape[:-4], n * block[0], k * block[1])[..., :rows, :columns]
+    rows, columns = shape
+    scale = _repeat(scale, block[1], -1)[..., :columns]  # cut while it is one row per block
+    return _repeat(scale, block[0], -2)[..., :rows, :]
+
+
+def _repeat(x: jax.Array, times: int, axis: int) -> jax.Array:
+    """`jnp.repeat` along a negative axis, as a broadcast that fuses."""
+    split = x.ndim + axis + 1
+    shape = x.shape
+    x = jnp.broadcast_to(jnp.expand_dims(x, split), (*shape[:split], times, *shape[split:]))
+    return x.reshape(*shape[: split - 1], shape[split - 1] * times, *shape[split:])
