@@ -18,7 +18,17 @@ import numpy as np
 from checkpoints.errors import CheckpointError
 from checkpoints.names import Leaf, leaf_table
 from checkpoints.shards import DTYPES, INDEX, write_shard
-from checkpoints.source import FORMAT, MANIFEST, ORIGINALS, WEIGHTS, ConvertedSource, OfficialSource, open_source, orbax
+from checkpoints.source import (
+    FORMAT,
+    MANIFEST,
+    ORIGINALS,
+    WEIGHTS,
+    ConvertedSource,
+    OfficialSource,
+    open_source,
+    orbax,
+    weight_files,
+)
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import DeepseekV4
 
@@ -59,6 +69,9 @@ def _stored_tree(source: OfficialSource, table: dict[str, Leaf], progress: Progr
             progress(done, total)
     for name in source.carried():
         tree[CARRIED + name] = np.ascontiguousarray(source.reader.read(name)).reshape(-1).view(np.uint8)
+        done += source.reader.tensors[name].nbytes
+        if progress:
+            progress(done, total)
     return tree
 
 
@@ -69,7 +82,7 @@ def _keep_originals(source: OfficialSource, work: Path) -> None:
     for file in source.reader.files:
         (originals / f"{file.name}.header").write_bytes(source.reader.header_bytes(file))
     for item in source.path.iterdir():
-        if item.suffix == ".safetensors" or item.name.startswith("."):
+        if item.suffix == ".safetensors" or (item.name.startswith(".") and item.is_dir()):  # weights; hub caches
             continue
         target = originals / item.name if item.name == INDEX else work / item.name
         shutil.copytree(item, target) if item.is_dir() else shutil.copyfile(item, target)
@@ -85,6 +98,7 @@ def _write_manifest(source: OfficialSource, table: dict[str, Leaf], work: Path) 
         "quantization": formats,
         "carried": source.carried(),
         "leaves": leaves,
+        "files": weight_files(work),
     }
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from checkpoints.convert import abstract_model
 from checkpoints.names import Leaf, leaf_table
-from checkpoints.source import WEIGHTS, OfficialSource, open_source
+from checkpoints.shards import DTYPES
+from checkpoints.source import OfficialSource, open_source, weight_files
 from dsv4_jax.config import ModelConfig
 
 PARTS = {  # a path fragment -> the part of the model it belongs to; the first that matches counts
@@ -57,21 +58,22 @@ def inspect(path: str | Path) -> Inspection:
     by_dtype: dict[str, dict[str, int]] = {}
     by_part: dict[str, dict[str, int]] = {}
     for leaf, nbytes, parameters in _sizes(table):
-        dtype = by_dtype.setdefault(leaf.official, {"tensors": 0, "bytes": 0})
-        dtype["tensors"] += len(leaf.pieces)
-        dtype["bytes"] += nbytes
-        part = by_part.setdefault(_part(leaf.path), {"parameters": 0, "bytes": 0})
-        part["parameters"] += parameters
-        part["bytes"] += nbytes
+        _add(by_dtype, leaf.official, tensors=len(leaf.pieces), bytes=nbytes)
+        _add(by_part, _part(leaf.path), parameters=parameters, bytes=nbytes)
+    for name, (stored, shape) in source.carried().items():
+        count = math.prod(shape)
+        _add(by_dtype, stored, tensors=1, bytes=count * DTYPES[stored].itemsize)
+        parameters = 0 if name.endswith(".scale") else count * (2 if stored == "I8" else 1)
+        _add(by_part, "drafter", parameters=parameters, bytes=count * DTYPES[stored].itemsize)
     official = isinstance(source, OfficialSource)
-    files = source.reader.files if isinstance(source, OfficialSource) else list((source.path / WEIGHTS).rglob("*"))
+    files = source.reader.files if isinstance(source, OfficialSource) else weight_files(source.path)
     return Inspection(
         path=str(path),
         format="official" if official else "converted",
         model=_describe(source.config),
         parameters=sum(part["parameters"] for part in by_part.values()),
         bytes=sum(part["bytes"] for part in by_part.values()),
-        tensors=sum(len(leaf.pieces) for leaf in table.values()),
+        tensors=sum(counts["tensors"] for counts in by_dtype.values()),
         files=len(files),
         draft=source.config.draft,
         by_dtype=by_dtype,
@@ -80,14 +82,19 @@ def inspect(path: str | Path) -> Inspection:
     )
 
 
+def _add(counts: dict[str, dict[str, int]], key: str, **amounts: int) -> None:
+    row = counts.setdefault(key, dict.fromkeys(amounts, 0))
+    for name, amount in amounts.items():
+        row[name] += amount
+
+
 def _sizes(table: dict[str, Leaf]) -> Iterator[tuple[Leaf, int, int]]:
     """(leaf, official bytes, parameters); scales and lookup tables are no parameters, a packed byte is two."""
-    itemsize = {"BF16": 2, "F32": 4, "I64": 8, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1}
     for leaf in table.values():
         count = math.prod(leaf.shape)
         no_weight = leaf.path.endswith(".scale") and leaf.path.removesuffix("scale") + "data" in table
         parameters = 0 if no_weight or leaf.official == "I64" else count * (2 if leaf.official == "I8" else 1)
-        yield leaf, count * itemsize[leaf.official], parameters
+        yield leaf, count * DTYPES[leaf.official].itemsize, parameters
 
 
 def _part(path: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from checkpoints.names import leaf_path, leaf_table
@@ -94,6 +95,8 @@ def _max_tokens(config: ModelConfig, max_tokens: int | None) -> int:
     limit = config.max_position_embeddings
     if max_tokens is None:
         return min(limit, DEFAULT_MAX_TOKENS)
-    if not 1 <= max_tokens <= limit:
-        raise ValueError(f"max_tokens={max_tokens} must be between 1 and the config's max_position_embeddings={limit}")
+    if not isinstance(max_tokens, (int, np.integer)) or not 1 <= max_tokens <= limit:
+        raise ValueError(
+            f"max_tokens={max_tokens!r} must be an integer between 1 and the config's max_position_embeddings={limit}"
+        )
     return int(max_tokens)

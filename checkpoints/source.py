@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpoints.errors import CheckpointError
 from checkpoints.names import Leaf
-from checkpoints.shards import ShardReader
+from checkpoints.shards import INDEX, ShardReader
 from dsv4_jax.config import ConfigError, ModelConfig, ScaleFormat, WeightFormat
 
 MANIFEST, WEIGHTS, ORIGINALS = "manifest.json", "weights", "originals"
@@ -34,6 +34,10 @@ class Source(ABC):
         """Raise CheckpointError unless every leaf is there, whole and of its dtype, and nothing unknown is."""
 
     @abstractmethod
+    def carried(self) -> Mapping[str, tuple[str, list[int]]]:
+        """Name -> (dtype, shape) of tensors that are kept but not used: the drafter of a DSpark release."""
+
+    @abstractmethod
     def arrays(self, table: Mapping[str, Leaf], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Every leaf as a device array of its target's dtype and sharding."""
 
@@ -45,10 +49,10 @@ def open_source(path: str | Path) -> Source:
         raise CheckpointError(
             f"{path}: no such directory; give a checkpoint directory (config.json beside its weights)"
         )
+    if any(path.glob("*.safetensors")) or (path / INDEX).exists():
+        return OfficialSource(path)
     if (path / MANIFEST).exists() or (path / WEIGHTS).exists():
         return ConvertedSource(path)
-    if any(path.glob("*.safetensors")) or (path / "model.safetensors.index.json").exists():
-        return OfficialSource(path)
     raise CheckpointError(
         f"{path}: neither an official checkpoint (config.json with *.safetensors) nor one written by `dsv4 convert` "
         f"(with {MANIFEST})"
@@ -95,11 +99,11 @@ class OfficialSource(Source):
         formats = dataclasses.replace(config.quantization, expert_format=stored, scale_format=scale_format)
         return dataclasses.replace(config, quantization=formats)
 
-    def carried(self) -> list[str]:
-        """Names of tensors that are kept but not used: the drafter of a DSpark release."""
+    def carried(self) -> dict[str, tuple[str, list[int]]]:
         if self.config.draft != "dspark":
-            return []
-        return [name for name in self.reader.tensors if name.startswith("mtp.")]
+            return {}
+        kept = (info for info in self.reader.tensors.values() if info.name.startswith("mtp."))
+        return {info.name: (info.dtype, list(info.shape)) for info in kept}
 
     def check(self, table: Mapping[str, Leaf]) -> None:
         expected = {piece.name: leaf for leaf in table.values() for piece in leaf.pieces}
@@ -152,8 +156,8 @@ class ConvertedSource(Source):
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.manifest = json.loads((path / MANIFEST).read_text())
-        except (OSError, ValueError) as error:
+            self.manifest = dict(json.loads((path / MANIFEST).read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{path / MANIFEST}: cannot be read ({error}); the conversion did not finish, run `dsv4 convert` again"
             ) from None
@@ -162,6 +166,7 @@ class ConvertedSource(Source):
                 f"{path / MANIFEST}: format {self.manifest.get('format')!r}, complete={self.manifest.get('complete')}; "
                 f"this version reads complete {FORMAT!r}; run `dsv4 convert` again"
             )
+        _check_weight_files(path, self.manifest)
         self.fields, config = read_config(path)
         formats = self.manifest["quantization"]
         if config.quantization is not None:
@@ -183,6 +188,9 @@ class ConvertedSource(Source):
                     f"config.json asks for {leaf.stored.name} {list(leaf.shape)}"
                 )
 
+    def carried(self) -> dict[str, tuple[str, list[int]]]:
+        return {name: (dtype, shape) for name, (dtype, shape) in self.manifest["carried"].items()}
+
     def arrays(self, table, targets):
         return self.restore({path: targets[path] for path in table})
 
@@ -199,6 +207,24 @@ class ConvertedSource(Source):
             raise CheckpointError(
                 f"{self.path / WEIGHTS}: cannot be read ({error}); run `dsv4 convert` again"
             ) from error
+
+
+def weight_files(path: Path) -> dict[str, int]:
+    """Relative name -> size of every file below a converted checkpoint's weights."""
+    files = (file for file in (path / WEIGHTS).rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+
+
+def _check_weight_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Fields and file sizes as convert left them; a store with a short file fails late, deep inside its readers."""
+    absent = sorted({"quantization", "carried", "leaves", "files"} - set(manifest))
+    if absent:
+        raise CheckpointError(f"{path / MANIFEST}: has no {', '.join(absent)}; run `dsv4 convert` again")
+    found = weight_files(path)
+    for name, size in manifest["files"].items():
+        if found.get(name) != size:
+            state = "missing" if name not in found else f"{found[name]} bytes, not the {size} it was written with"
+            raise CheckpointError(f"{path / name}: {state}; copy the directory whole or run `dsv4 convert` again")
 
 
 def orbax():

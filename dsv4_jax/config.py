@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +197,8 @@ class _Reader:
         if value is None:
             return None
         kind = float if name in FLOATS else int
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or kind(value) != value:
             raise ConfigError(f"{name}={value!r} must be {'a number' if kind is float else 'an integer'}")
         if value < 0 or (value == 0 and name not in ("bos_token_id", "eos_token_id", "num_hash_layers")):
             raise ConfigError(f"{name}={value!r} must be positive")
@@ -262,6 +264,8 @@ class _Reader:
 
     def _schedule(self, layers: int) -> dict[str, Any]:
         mtp = self.left.pop("num_nextn_predict_layers", None) or 0
+        if not isinstance(mtp, int) or mtp < 0:
+            raise ConfigError(f"num_nextn_predict_layers={mtp!r} must be a non-negative integer")
         dspark = [name for name in self.left if name.startswith("dspark_")]
         for name in dspark:
             del self.left[name]
@@ -301,6 +305,8 @@ class _Reader:
             ratios = implied if ratios is None else ratios
         if ratios is None:
             raise ConfigError("field 'compress_ratios' (or 'layer_types') is missing; there is no safe default")
+        if not isinstance(ratios, list | tuple):
+            raise ConfigError(f"compress_ratios={ratios!r} must be a list, one entry per layer")
         if len(ratios) < layers:
             raise ConfigError(f"compress_ratios has {len(ratios)} entries for num_hidden_layers={layers}")
         return list(ratios)
@@ -322,6 +328,8 @@ class _Reader:
             if experts not in (None, "bf16", "bfloat16"):
                 raise ConfigError(f"expert_dtype={experts!r} needs a quantization_config")
             return None
+        if not isinstance(spec, Mapping):
+            raise ConfigError(f"quantization_config={spec!r} must be a JSON object")
         spec = dict(spec)
         experts = _agree("expert_dtype", experts, spec.pop("expert_dtype", None)) or "fp4"
         if experts not in ("fp4", "fp8"):
@@ -330,14 +338,15 @@ class _Reader:
         for name, value in expected.items():
             if spec.pop(name, value) != value:
                 raise ConfigError(f"quantization_config.{name} must be {value!r}")
-        block = tuple(spec.pop("weight_block_size", (128, 128)))
+        block = spec.pop("weight_block_size", (128, 128))
         spec.pop("modules_to_not_convert", None)
         if spec:
             raise ConfigError(f"unknown quantization_config field(s) {sorted(spec)}")
-        if len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block):
-            raise ConfigError(f"quantization_config.weight_block_size={list(block)} must be two positive integers")
+        is_pair = isinstance(block, list | tuple) and len(block) == 2
+        if not is_pair or not all(isinstance(b, int) and b > 0 for b in block):
+            raise ConfigError(f"quantization_config.weight_block_size={block!r} must be two positive integers")
         form: WeightFormat = "fp4" if experts == "fp4" else "fp8"
-        return Quantization(block, form, "e8m0" if form == "fp4" else "f32")
+        return Quantization((block[0], block[1]), form, "e8m0" if form == "fp4" else "f32")
 
 
 def _agree(name: str, one: Any, other: Any) -> Any:
@@ -347,6 +356,8 @@ def _agree(name: str, one: Any, other: Any) -> Any:
 
 
 def _yarn(scaling: Mapping[str, Any]) -> Yarn | None:
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"rope_scaling={scaling!r} must be a JSON object")
     scaling = dict(scaling)
     kind = scaling.pop("rope_type", scaling.pop("type", "yarn"))
     scaling.pop("type", None)
@@ -362,6 +373,9 @@ def _yarn(scaling: Mapping[str, Any]) -> Yarn | None:
     )
     if unknown or missing:
         raise ConfigError(f"rope_scaling: unknown fields {unknown}, missing fields {missing}")
+    for name, value in scaling.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ConfigError(f"rope_scaling.{name}={value!r} must be a positive number")
     return Yarn(
         factor=float(scaling["factor"]),
         original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
