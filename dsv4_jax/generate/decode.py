@@ -35,8 +35,8 @@ class Shapes:
     @classmethod
     def of(cls, prompt: int, new: int, max_tokens: int) -> Shapes:
         """The buckets of a longest prompt and a number of new tokens that fit into `max_tokens` together."""
-        slots = bucket(max(new, 1))
-        return cls(bucket(prompt), slots, min(bucket(prompt + new), max_tokens))
+        prompt, slots = bucket(prompt), bucket(max(new, 1))
+        return cls(prompt, slots, min(prompt + slots, max_tokens))
 
 
 @jax.tree_util.register_dataclass

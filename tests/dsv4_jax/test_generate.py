@@ -125,7 +125,7 @@ def test_no_recompilation_within_a_bucket(tiny):
 def test_buckets():
     assert [bucket(n) for n in (1, 16, 17, 512, 513)] == [16, 16, 32, 512, 1024]
     shapes = Shapes.of(600, 30, 8192)
-    assert (shapes.prompt, shapes.chunk, shapes.new, shapes.capacity) == (1024, 512, 32, 1024)
+    assert (shapes.prompt, shapes.chunk, shapes.new, shapes.capacity) == (1024, 512, 32, 1056)
     assert Shapes.of(600, 30, 700).capacity == 700
 
 
