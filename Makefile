@@ -14,7 +14,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not oracle"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not oracle"
 
 oracle: $(VENV)/.test $(VENV)/.oracle
 	$(BIN)/pytest -q -m oracle tests/oracle

@@ -113,7 +113,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """From the official, the `inference/config.json` or the Hugging Face spelling; all give equal objects."""
+        """From the official or the Hugging Face spelling, or the inference code's short names, to equal objects."""
         if not isinstance(fields, Mapping):
             raise ConfigError(f"config must be a JSON object, not {type(fields).__name__}")
         return _Reader(fields).config()
@@ -169,7 +169,10 @@ OPTIONAL = (
     "max_position_embeddings routed_scaling_factor swiglu_limit hc_mult hc_sinkhorn_iters hc_eps rms_norm_eps "
     "bos_token_id eos_token_id"
 ).split()
-FLOATS = frozenset("routed_scaling_factor swiglu_limit hc_eps rms_norm_eps rope_theta compress_rope_theta".split())
+FLOATS = frozenset(
+    "routed_scaling_factor swiglu_limit hc_eps rms_norm_eps rope_theta compress_rope_theta "
+    "partial_rotary_factor".split()
+)
 _MISSING = object()
 
 
@@ -233,7 +236,7 @@ class _Reader:
                 raise ConfigError(f"{name}={value!r} is not supported; expected {allowed[0]!r}")
 
     def _rope_dim(self, head_dim: int) -> int:
-        explicit, factor = self.number("qk_rope_head_dim", None), self.left.pop("partial_rotary_factor", None)
+        explicit, factor = self.number("qk_rope_head_dim", None), self.number("partial_rotary_factor", None)
         implied = None if factor is None else round(factor * head_dim)
         if explicit is None and implied is None:
             raise ConfigError("field 'qk_rope_head_dim' is missing")
@@ -250,8 +253,13 @@ class _Reader:
             scaling = {flat.get(k, k): self.left.pop(k) for k in (*flat, "beta_fast", "beta_slow") if k in self.left}
         parameters = self.left.pop("rope_parameters", None)
         if parameters is not None:
+            parameters = _mapping("rope_parameters", parameters)
             nested = parameters if "main" in parameters else {"main": {}, "compress": parameters}
-            nested_main, nested_compress = dict(nested["main"]), dict(nested.get("compress", {}))
+            nested_main = _mapping("rope_parameters.main", nested["main"])
+            nested_compress = _mapping("rope_parameters.compress", nested.get("compress", {}))
+            kind = nested_main.get("rope_type", "default")
+            if kind != "default":
+                raise ConfigError(f"rope_parameters.main.rope_type={kind!r} is not supported; expected 'default'")
             main = _agree("rope_theta", main, nested_main.get("rope_theta"))
             compress = _agree("compress_rope_theta", compress, nested_compress.pop("rope_theta", None))
             if scaling is None and nested_compress.get("rope_type", nested_compress.get("type")) == "yarn":
@@ -274,7 +282,7 @@ class _Reader:
             raise ConfigError(f"compress_ratios={ratios} must hold 0 (sliding), 4 (CSA) or larger (HCA)")
         draft: DraftKind = "dspark" if dspark else "mtp" if mtp else "none"
         trailing = tuple(ratios[layers:])
-        if draft == "mtp" and trailing and len(trailing) < mtp:
+        if draft == "mtp" and trailing and len(trailing) != mtp:
             raise ConfigError(
                 f"compress_ratios has {len(trailing)} entries after the {layers} layers, "
                 f"but num_nextn_predict_layers={mtp}"
@@ -288,11 +296,16 @@ class _Reader:
 
     def _ratios(self, layers: int) -> list[int]:
         ratios = self.left.pop("compress_ratios", None)
-        kinds, rates = self.left.pop("layer_types", None), dict(self.left.pop("compress_rates", None) or {})
+        kinds, rates = self.left.pop("layer_types", None), self.left.pop("compress_rates", None)
+        rates = {} if rates is None else _mapping("compress_rates", rates)
         for kind, name in ((CSA, "compress_rate_csa"), (HCA, "compress_rate_hca")):
             if name in self.left:
                 rates[kind] = self.left.pop(name)
+        if set(rates) - {SLIDING, CSA, HCA}:
+            raise ConfigError(f"compress_rates has unknown kinds {sorted(set(rates) - {SLIDING, CSA, HCA})}")
         if kinds is not None:
+            if not isinstance(kinds, list | tuple):
+                raise ConfigError(f"layer_types={kinds!r} must be a list, one entry per layer")
             rates = {SLIDING: 0, CSA: CSA_RATIO, HCA: 128} | rates
             unknown = sorted(set(kinds) - set(rates))
             if unknown:
@@ -307,6 +320,10 @@ class _Reader:
             raise ConfigError("field 'compress_ratios' (or 'layer_types') is missing; there is no safe default")
         if not isinstance(ratios, list | tuple):
             raise ConfigError(f"compress_ratios={ratios!r} must be a list, one entry per layer")
+        for ratio in ratios if kinds is None else ():
+            kind = LayerSpec(ratio, hashed=False).kind
+            if rates.get(kind, ratio) != ratio:
+                raise ConfigError(f"compress_rates: {kind} rate {rates[kind]} contradicts {ratio} in compress_ratios")
         if len(ratios) < layers:
             raise ConfigError(f"compress_ratios has {len(ratios)} entries for num_hidden_layers={layers}")
         return list(ratios)
@@ -314,6 +331,8 @@ class _Reader:
     def _hash_layers(self, layers: int) -> int:
         count, kinds = self.left.pop("num_hash_layers", None), self.left.pop("mlp_layer_types", None)
         if kinds is not None:
+            if not isinstance(kinds, list | tuple) or len(kinds) != layers:
+                raise ConfigError(f"mlp_layer_types={kinds!r} must be a list of {layers}, one entry per layer")
             implied = sum(kind == "hash_moe" for kind in kinds)
             if list(kinds) != ["hash_moe"] * implied + ["moe"] * (len(kinds) - implied):
                 raise ConfigError("mlp_layer_types must be hash_moe layers followed by moe layers")
@@ -347,6 +366,12 @@ class _Reader:
             raise ConfigError(f"quantization_config.weight_block_size={block!r} must be two positive integers")
         form: WeightFormat = "fp4" if experts == "fp4" else "fp8"
         return Quantization((block[0], block[1]), form, "e8m0" if form == "fp4" else "f32")
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name}={value!r} must be a JSON object")
+    return dict(value)
 
 
 def _agree(name: str, one: Any, other: Any) -> Any:

@@ -20,3 +20,9 @@ from dsv4_jax import DeepseekV4
 def tiny() -> DeepseekV4:
     """All layer kinds, hash and top-k routing, fp8 and fp4 weights; float32."""
     return load_model(GOLDEN / "tiny" / "fp8")
+
+
+@pytest.fixture(scope="session")
+def small() -> DeepseekV4:
+    """One layer of each kind, fp8 and fp4 weights, a vocabulary of 192; float32. The quickest to compile."""
+    return load_model(GOLDEN / "calm" / "fp8")

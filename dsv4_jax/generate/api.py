@@ -24,7 +24,8 @@ IN_FLIGHT = 2  # decode steps dispatched before the oldest is fetched
 
 @dataclass(frozen=True)
 class Stats:
-    """What a run did. `accepted` counts accepted drafts by draft position (empty without drafts)."""
+    """What a run did. `seconds` is wall time, compilation included in the first run of its shapes; `accepted` counts
+    accepted drafts by draft position (empty without drafts)."""
 
     prompt_tokens: int
     new_tokens: int

@@ -16,6 +16,7 @@ DENSE_LIMIT = 4  # up to this many entries per pick, a mask over all entries bea
 def pick_entries_xla(q, weights, keys, visible, *, top_k: int) -> Picks:
     """See `reference.pick_entries`; a `Mask` where attention over all entries is cheaper than a gather."""
     (B, T, H, _), N = q.shape, keys.shape[1]
+    top_k = min(top_k, N)
     dense = T > 1 and N <= DENSE_LIMIT * top_k
     pick, everything = (_pick_mask, _all_mask) if dense else (_pick_indices, _all_indices)
     block = max(1, min(T, SCORE_BYTES // (4 * B * H * N)))

@@ -87,7 +87,8 @@ def sparse_mla(q, positions, window: Window, entries, picks: Picks | None, sinks
       q: [B, T, H, D], RoPE already applied to the trailing channels.
       positions: int32 [B, T], absolute position of each query.
       window: rows by position; see `Window`.
-      entries: [B, N, D] compressed rows, each both key and value, or None. A row nobody picks may hold anything.
+      entries: [B, N, D] compressed rows, each both key and value, or None. A row nobody picks may hold anything where
+        picks are `Indices`, anything finite otherwise; window rows likewise are finite even where empty.
       picks: which entries each query picks (`FirstN`, `Indices` or `Mask`; distinct per query), None with `entries`.
       sinks: fp32 [H], logits that take softmax weight but carry no value; not scaled. -inf disables.
       scale: multiplies q . k.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.errors import CheckpointError
-from checkpoints.shards import DTYPES, INDEX, ShardReader, make_header, parse_header, write_checkpoint, write_shard
+from checkpoints.shards import (
+    DTYPES,
+    INDEX,
+    ShardReader,
+    make_header,
+    parse_header,
+    read_header,
+    write_checkpoint,
+    write_shard,
+)
 from checkpoints.source import open_source
 from checkpoints.synth import official_tensors, synth
 from dsv4_jax.config import ModelConfig
@@ -49,6 +59,53 @@ def test_the_package_reads_what_we_write(tmp_path):
     assert found == {n: (d, tuple(s), arrays[n].tobytes()) for n, (d, s) in specs.items()}
     total = json.loads((tmp_path / INDEX).read_text())["metadata"]["total_size"]
     assert total == sum(a.nbytes for a in arrays.values())
+
+
+@pytest.mark.parametrize("path", golden_checkpoints(), ids=case_name)
+def test_a_header_and_its_tensors_give_back_the_file(path, tmp_path):
+    reader = ShardReader(path)
+    for file in reader.files:
+        write_shard(tmp_path / file.name, reader.header_bytes(file), reader.read)
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_headers_are_padded_to_eight_bytes():
+    for length in range(1, 17):
+        header = make_header({"x" * length: ("F32", (1,))})
+        assert len(header) % 8 == 0 and struct.unpack("<Q", header[:8])[0] == len(header) - 8
+
+
+def test_tensors_need_not_be_aligned(tmp_path):
+    """The format leaves the header's length free; a reader that maps bytes has to cope."""
+    values = np.array([1.5, -2.0], np.float32)
+    text = json.dumps({"a": entry()})
+    for padding in range(8):
+        reader = ShardReader(one_file(tmp_path, text.encode() + b" " * padding, values.tobytes()))
+        np.testing.assert_array_equal(reader.read("a"), values)
+
+
+def test_files_are_used_without_an_index_and_only_indexed_ones_with_it(tmp_path):
+    for name in ("a", "b"):
+        header = make_header({name: ("U8", (3,))})
+        write_shard(tmp_path / f"{name}.safetensors", header, lambda n: np.full(3, ord(n), np.uint8))
+    reader = ShardReader(tmp_path)
+    assert [f.name for f in reader.files] == ["a.safetensors", "b.safetensors"]
+    assert {n: reader.read(n).tolist() for n in reader.tensors} == {"a": [97] * 3, "b": [98] * 3}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "b.safetensors"}}))
+    assert list(ShardReader(tmp_path).tensors) == ["b"]
+
+
+def test_writing_holds_one_tensor_at_a_time(tmp_path):
+    mebibyte = 1 << 20
+    specs = {f"t{i}": ("U8", (mebibyte,)) for i in range(24)}
+    tracemalloc.start()
+    try:
+        write_checkpoint(tmp_path, specs, lambda _: np.ones(mebibyte, np.uint8), shard_bytes=5 * mebibyte)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(ShardReader(tmp_path).files) == 5  # 4 of 5 tensors, 1 of 4
+    assert peak < 4 * mebibyte
 
 
 def one_file(tmp_path, header: dict | bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -99,6 +156,98 @@ def test_any_header_is_read_or_refused(header, size):
     assert isinstance(json.loads(header), dict)
 
 
+SMALL = make_header({"a": ("F32", (2, 3)), "b": ("I8", (5,)), "c": ("BF16", (0, 4))}) + bytes(29)
+
+
+def test_every_truncation_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    for size in range(len(SMALL)):
+        file.write_bytes(SMALL[:size])
+        with pytest.raises(CheckpointError, match=f"model.safetensors: .*{size} bytes"):
+            read_header(file)
+    file.write_bytes(SMALL)
+    assert [info.name for info in read_header(file)[1]] == ["a", "b", "c"]
+
+
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8"]),
+        "shape": st.lists(st.integers(-1, 3), max_size=3),
+        "data_offsets": st.tuples(st.integers(-1, 24), st.integers(0, 24)),
+    }
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from("abc"), ENTRIES, max_size=3), st.booleans(), st.integers(0, 40))
+def test_takes_exactly_what_the_package_takes(fields, tile, size):
+    """Random headers, half of them with offsets made to fit: the same verdict, and the same tensors."""
+    if tile:
+        size = 0
+        for fields_of_one in fields.values():
+            nbytes = abs(int(np.prod(fields_of_one["shape"]))) * DTYPES[fields_of_one["dtype"]].itemsize
+            fields_of_one["data_offsets"] = (size, size + nbytes)
+            size += nbytes
+    header = json.dumps(fields).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(size)
+    try:
+        want = {name: (t["dtype"], tuple(t["shape"])) for name, t in safetensors.deserialize(content)}
+    except safetensors.SafetensorError:
+        want = None
+    try:
+        got = {i.name: (i.dtype, i.shape) for i in parse_header(header, Path("x.safetensors"), len(content))}
+    except CheckpointError:
+        got = None
+    assert got == want
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.integers(0, len(SMALL) - 30), st.integers(0, 255))
+def test_a_damaged_header_is_refused_or_still_reads(tmp_path_factory, place, byte):
+    directory = tmp_path_factory.mktemp("damaged")
+    (directory / "model.safetensors").write_bytes(SMALL[:place] + bytes([byte]) + SMALL[place + 1 :])
+    try:
+        reader = ShardReader(directory)
+    except CheckpointError as error:
+        assert "model.safetensors" in str(error)
+        return
+    for name, info in reader.tensors.items():
+        assert reader.read(name).shape == info.shape
+    assert sum(info.nbytes for info in reader.tensors.values()) == 29
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    header = make_header({"a": ("U8", (1,))})
+    for name in ("x", "y"):
+        write_shard(tmp_path / f"{name}.safetensors", header, lambda _: np.zeros(1, np.uint8))
+    with pytest.raises(CheckpointError, match="y.safetensors: tensor a is also in x.safetensors"):
+        ShardReader(tmp_path)
+
+
+def test_a_tensor_that_the_index_lacks_is_refused(tmp_path):
+    one_file(tmp_path, {"a": entry(), "b": entry(offsets=(8, 16))}, bytes(16))
+    (tmp_path / INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}')
+    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor b is not in {INDEX}"):
+        ShardReader(tmp_path)
+
+
+def test_an_index_that_swaps_two_files_is_refused(tmp_path):
+    specs = {"a": ("U8", (4,)), "b": ("U8", (4,))}
+    write_checkpoint(tmp_path, specs, lambda _: np.zeros(4, np.uint8), shard_bytes=4)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"] = dict(zip("ab", reversed(index["weight_map"].values()), strict=True))
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"{INDEX}: tensor a is not in model-00002-of-00002.safetensors"):
+        ShardReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_a_directory_without_files_is_refused(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=rf"{name}: no \*.safetensors files"):
+        ShardReader(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
@@ -124,6 +273,22 @@ def test_a_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(CheckpointError, match="tensor a has 4 bytes, its header says 8"):
         write_shard(tmp_path / "x.safetensors", header, lambda _: np.zeros(1, np.float32))
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
+    file = tmp_path / "x.safetensors"
+    header = make_header({"a": ("U8", (2,)), "b": ("U8", (2,))})
+    write_shard(file, header, lambda _: np.ones(2, np.uint8))
+    before = file.read_bytes()
+
+    def fail_at_b(name: str) -> np.ndarray:
+        if name == "b":
+            raise OSError("no more")
+        return np.zeros(2, np.uint8)
+
+    with pytest.raises(OSError, match="no more"):
+        write_shard(file, header, fail_at_b)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("path", golden_checkpoints(), ids=case_name)

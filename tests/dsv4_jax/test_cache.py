@@ -84,7 +84,7 @@ def splits(draw):
     return pieces
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(splits())
 def test_any_split_equals_one_pass(pieces):
     np.testing.assert_allclose(run(pieces), whole(), atol=ATOL)
@@ -139,7 +139,7 @@ def test_rows_at_different_positions_do_not_mix():
         np.testing.assert_allclose(np.concatenate(out[b]), want[0, : starts[b]], atol=ATOL)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 12), st.lists(st.integers(0, 40), min_size=1, max_size=4))
 def test_ring_holds_the_newest_positions(width, slots, counts):
     ring, start, history = jnp.full((1, slots, 1), -1.0), 0, []

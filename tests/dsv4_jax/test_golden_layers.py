@@ -10,6 +10,7 @@ from golden_cases import GOLDEN, expected, load_model
 
 from dsv4_jax.cache import Step
 from dsv4_jax.kernels import XlaKernels, grouped_output
+from dsv4_jax.layer import run_layer
 from dsv4_jax.rope import apply_rope
 from pallas_kernels.index_topk import index_scores
 from pallas_kernels.sparse_mla import Indices, Mask
@@ -91,7 +92,7 @@ def streams_before(model, index, ids):
     streams = jnp.repeat(model.embed(ids)[:, :, None], model.config.hc_mult, axis=2)
     ropes = [model.rope_main if spec.ratio == 0 else model.rope_compress for spec in model.config.layers]
     for i in range(index):
-        streams, _ = model.layers[i](streams, ropes[i], cache.layers[i], step)
+        streams, _ = run_layer(model.layers[i], streams, ropes[i], cache.layers[i], step)
     return streams, step, cache.layers[index], ropes[index]
 
 

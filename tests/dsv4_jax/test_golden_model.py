@@ -11,6 +11,7 @@ from golden_cases import GOLDEN, assert_logits_close, checkpoints_with, expected
 import checkpoints
 import dsv4_jax
 from dsv4_jax.cache import Step
+from dsv4_jax.layer import run_layer
 
 
 @checkpoints_with("forward")
@@ -88,7 +89,7 @@ def test_streams_after_every_layer(path):
     for i, layer in enumerate(model.layers):
         np.testing.assert_allclose(streams[0], want["hidden"][i], atol=2e-3)
         rope = model.rope_main if model.config.layers[i].ratio == 0 else model.rope_compress
-        streams, _ = layer(streams, rope, cache.layers[i], step)
+        streams, _ = run_layer(layer, streams, rope, cache.layers[i], step)
     np.testing.assert_allclose(streams[0], want["hidden"][-1], atol=2e-3)
 
 
