@@ -27,36 +27,16 @@ def ok(*args: object) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("command", ["convert", "export", "inspect", "synth", "generate"])
-def test_help_has_an_example(command):
-    out = ok(command, "--help").stdout
-    assert "xample" in out and f"dsv4 {command}" in out
+def test_help_names_every_command():
+    out = ok("--help").stdout
+    assert all(command in out for command in ("convert", "export", "inspect", "synth", "generate"))
 
 
-def test_bundled_checkpoint_generates_text_the_same_each_time():
-    args = ("generate", "--prompt", "The first minute", "--max-new-tokens", 12, "--json", "--stop", 2)
-    first, again = (json.loads(ok(*args).stdout) for _ in range(2))
-    assert first["tokens"] == again["tokens"] and first["text"] == again["text"]
-    assert len(first["tokens"]) == 1 and 1 <= len(first["tokens"][0]) <= 12
-    assert first["stats"]["new_tokens"] == len(first["tokens"][0])
-
-
-def test_streamed_text_is_the_generated_text():
-    args = (
-        "generate",
-        "--prompt",
-        "Streams",
-        "--max-new-tokens",
-        20,
-        "--temperature",
-        1.0,
-        "--top-p",
-        0.9,
-        "--seed",
-        5,
-    )
+def test_bundled_checkpoint_streams_what_it_gives_as_json():
+    args = ("generate", "--prompt", "The first minute", "--max-new-tokens", 12, "--temperature", 1.0, "--seed", 5)
     streamed, whole = ok(*args), json.loads(ok(*args, "--json").stdout)
     assert streamed.stdout.rstrip("\n") == whole["text"][0].rstrip("\n")
+    assert 1 <= whole["stats"]["new_tokens"] == len(whole["tokens"][0]) <= 12
     assert "tokens" in streamed.stderr
 
 
@@ -73,36 +53,19 @@ def test_token_files_ragged_and_without_a_tokenizer(tmp_path):
     assert out["text"] is None
 
 
-def test_convert_inspect_export(tmp_path):
+def test_convert_then_export(tmp_path):
     source, converted, back = GOLDEN / "calm" / "fp8", tmp_path / "converted", tmp_path / "back"
     assert json.loads(ok("convert", source, converted, "--json").stdout)["written"] == str(converted)
-    found = [json.loads(ok("inspect", path, "--json").stdout) for path in (source, converted)]
-    assert [f["format"] for f in found] == ["official", "converted"]
-    assert found[0]["by_dtype"] == found[1]["by_dtype"]
     ok("export", converted, back)
     for file in source.iterdir():
         assert (back / file.name).read_bytes() == file.read_bytes()
-    assert "routed experts" in ok("inspect", converted).stdout
 
 
-def test_synth_writes_what_inspect_reads(tmp_path):
-    ok("synth", "--config", "tiny", "--layers", 3, "--out", tmp_path / "s", "--seed", 1)
-    found = json.loads(ok("inspect", tmp_path / "s", "--json").stdout)
-    assert "3 layers (1 sliding, 1 CSA, 1 HCA)" in found["model"]
-
-
+# Bad input of every other kind is tried in process, in dsv4_jax/test_cli_functions.py.
 BAD = {
-    "no such path": (("generate", "/nowhere", "--prompt", "x"), 1, "/nowhere: no such directory"),
-    "neither format": (("inspect", ROOT / "tests"), 1, "neither an official checkpoint"),
-    "no prompt": (("generate",), 2, "give one of --prompt"),
-    "two prompts": (("generate", "--prompt", "a", "--tokens", "b.npy"), 2, "give one of --prompt"),
+    "no such path": (("inspect", "/nowhere"), 1, "/nowhere: no such directory"),
     "prompt too long": (("generate", "--prompt", "x" * 40, "--max-tokens", 32), 1, "do not fit the cache of 32"),
-    "drafts": (("generate", "--prompt", "x", "--drafts", 2), 1, "drafts=2"),
-    "filter without temperature": (("generate", "--prompt", "x", "--top-p", 0.5), 1, "--temperature above 0"),
-    "existing destination": (("convert", GOLDEN / "calm" / "fp8", ROOT / "tests"), 1, "exists"),
-    "unknown preset": (("synth", "--config", "nano", "--out", "/tmp/x"), 1, "neither a file nor one of flash"),
     "unknown option": (("generate", "--promt", "x"), 2, "No such option"),
-    "missing argument": (("convert", "somewhere"), 2, "Missing argument"),
 }
 
 
@@ -114,8 +77,3 @@ def test_bad_input_is_told_in_a_line_or_two(name):
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
     if status == 1:
         assert len(done.stderr.strip().splitlines()) <= 2 and done.stdout == ""
-
-
-def test_debug_shows_the_traceback():
-    done = dsv4("inspect", "/nowhere", "--debug")
-    assert done.returncode == 1 and "Traceback" in done.stderr

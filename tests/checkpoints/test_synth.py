@@ -230,8 +230,9 @@ def test_bad_config_is_refused_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("layers, hashed, ratios", [(1, 1, (0,)), (2, 2, (0, 4)), (5, 3, (0, 4, 128, 4, 128))])
-def test_with_layers_keeps_the_first_layers_and_the_draft(layers, hashed, ratios, tmp_path):
+def test_with_layers_keeps_the_first_layers_and_the_draft(layers, hashed, ratios):
     config = with_layers(TINY, layers)
+    assert config["compress_ratios"] == [*ratios, 0]
     parsed = ModelConfig.from_dict(config)
     assert (parsed.compress_ratios, parsed.draft_ratios, parsed.num_hash_layers) == (ratios, (0,), hashed)
     whole, cut = official_tensors(ModelConfig.from_dict(TINY)), official_tensors(parsed)

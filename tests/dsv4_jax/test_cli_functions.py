@@ -262,3 +262,21 @@ def test_streamed_pieces_are_the_text(tokenizer, ids):
 def test_half_a_character_is_held_back(tokenizer):
     pieces = cli._Detokenizer(tokenizer)
     assert [pieces.add(3 + byte) for byte in "a😀é".encode()] == ["a", "", "", "", "😀", "", "é"]
+
+
+@pytest.mark.parametrize("command", ["convert", "export", "inspect", "synth", "generate"])
+def test_help_has_an_example(dsv4, command):
+    status, out, _ = dsv4(command, "--help")
+    assert status == 0 and "xample" in out and f"dsv4 {command}" in out
+
+
+def test_synth_and_inspect(dsv4, tmp_path):
+    assert dsv4("synth", "--config", "tiny", "--layers", 3, "--out", tmp_path / "s", "--seed", 1)[0] == 0
+    status, out, _ = dsv4("inspect", tmp_path / "s")
+    assert status == 0 and "3 layers (1 sliding, 1 CSA, 1 HCA)" in out and "routed experts" in out
+    assert json.loads(dsv4("inspect", tmp_path / "s", "--json")[1])["tensors"] > 100
+
+
+def test_debug_raises(dsv4):
+    with pytest.raises(ValueError, match="/nowhere"):
+        dsv4("inspect", "/nowhere", "--debug")
