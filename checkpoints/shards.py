@@ -35,6 +35,7 @@ DTYPES = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 MAX_HEADER = 100 << 20  # the format's own limit
+MAX_RANK = 64  # numpy's own limit
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,10 @@ def parse_header(header: bytes, file: Path, size: int) -> list[TensorInfo]:
 
 def _tensor_info(name: str, fields, file: Path, start: int) -> TensorInfo:
     def fail(why: str) -> CheckpointError:
-        return CheckpointError(f"{file}: tensor {name}: {why}")
+        return CheckpointError(f"{file}: tensor {name if name.isprintable() else ascii(name)}: {why}")
 
+    if not name.isprintable():  # lone surrogates cannot be printed at all, control characters should not be
+        raise fail("its name has unprintable characters; download the file again")
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise fail("its entry must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -134,6 +137,11 @@ def _tensor_info(name: str, fields, file: Path, start: int) -> TensorInfo:
         raise fail(f"dtype {dtype!r} is not supported; known: {', '.join(sorted(DTYPES))}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise fail(f"shape {shape!r} and data_offsets {offsets!r} must be lists of non-negative integers")
+    if len(shape) > MAX_RANK:
+        raise fail(f"its shape has {len(shape)} dimensions, more than the {MAX_RANK} of an array")
+    # An empty tensor may still have sides that no array can have.
+    if math.prod(max(side, 1) for side in shape) * DTYPES[dtype].itemsize >= 1 << 63:
+        raise fail(f"shape {shape!r} is larger than any array")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise fail(f"{dtype} {shape} needs {nbytes} bytes, data_offsets {offsets} hold {offsets[1] - offsets[0]}")
@@ -174,8 +182,9 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
         return None
     try:
         weight_map = json.loads(file.read_text(), object_pairs_hook=_no_duplicates)["weight_map"]
-        assert all(isinstance(v, str) for v in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        if not all(key.isprintable() and value.isprintable() for key, value in weight_map.items()):
+            raise ValueError("a name has unprintable characters")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: no readable weight_map of tensor -> file ({error!r})") from None
     return weight_map
 
@@ -205,21 +214,35 @@ def make_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
 
 
 def write_shard(file: Path, header: bytes, fetch: Callable[[str], np.ndarray]) -> None:
-    """Write a file with exactly this header, tensor by tensor; it appears under its name only when whole."""
+    """Write a file with exactly this header, tensor by tensor; it appears under its name only when whole.
+
+    `fetch` may give the raw bytes (uint8) of a tensor; anything else must have the header's dtype and shape.
+    """
     fields = json.loads(header[8:])
     fields.pop("__metadata__", None)
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "wb") as out:
-        out.write(header)
-        for name, entry in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
-            data = np.ascontiguousarray(fetch(name))
-            expected = entry["data_offsets"][1] - entry["data_offsets"][0]
-            if data.nbytes != expected:
-                raise CheckpointError(f"{file}: tensor {name} has {data.nbytes} bytes, its header says {expected}")
-            out.write(data.reshape(-1).view(np.uint8).data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, file)
+    try:
+        with open(partial, "wb") as out:
+            out.write(header)
+            for name, entry in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
+                out.write(_raw(fetch(name), entry, f"{file}: tensor {name}"))
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _raw(array: np.ndarray, entry, where: str) -> memoryview:
+    """An array's bytes, if they are what the header's entry announces."""
+    size = entry["data_offsets"][1] - entry["data_offsets"][0]
+    if array.nbytes != size:
+        raise CheckpointError(f"{where} has {array.nbytes} bytes, its header says {size}")
+    if array.dtype != np.uint8 and (array.dtype, list(array.shape)) != (DTYPES[entry["dtype"]], entry["shape"]):
+        raise CheckpointError(
+            f"{where} is {array.dtype} {list(array.shape)}, its header says {entry['dtype']} {entry['shape']}"
+        )
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def write_checkpoint(

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints.convert import abstract_model, new_directory
 from checkpoints.names import Leaf, leaf_table
 from checkpoints.shards import write_checkpoint
-from dsv4_jax.config import ModelConfig
+from dsv4_jax.config import ALIASES, ModelConfig
 
 Tensor = tuple[str, tuple[int, ...]]  # official dtype and shape
 BLOCK_ELEMENTS = 1 << 22  # random numbers drawn at a time
@@ -70,11 +70,14 @@ def with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     parsed = ModelConfig.from_dict(config)
     if not 1 <= layers <= parsed.num_hidden_layers:
         raise ValueError(f"layers={layers} must be between 1 and the config's {parsed.num_hidden_layers}")
-    return dict(config) | {
+    cut = {
         "num_hidden_layers": layers,
         "num_hash_layers": min(layers, parsed.num_hash_layers),
         "compress_ratios": [*parsed.compress_ratios[:layers], *parsed.draft_ratios],
     }
+    # Other spellings of these three would now contradict them.
+    kept = {k: v for k, v in config.items() if ALIASES.get(k, k) not in (*cut, "layer_types", "mlp_layer_types")}
+    return kept | cut
 
 
 def _tensor(name: str, leaf: Leaf, config: ModelConfig, rng: np.random.Generator) -> np.ndarray:

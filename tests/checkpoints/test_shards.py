@@ -129,6 +129,10 @@ MALFORMED = {
     "unknown dtype": ({"a": entry("F7")}, bytes(8), None, "tensor a: dtype 'F7' is not supported"),
     "bad shape": ({"a": entry(shape=(-2,))}, bytes(8), None, "tensor a: shape"),
     "bool shape": ({"a": entry(shape=(True,))}, bytes(8), None, "tensor a: shape"),
+    "too many dimensions": ({"a": entry("U8", [1] * 65, (0, 1))}, bytes(1), None, "tensor a: .* 65 dimensions"),
+    "absurd shape": ({"a": entry(shape=[2**62] * 60)}, bytes(8), None, "tensor a: shape .* larger than any array"),
+    "empty, absurd": ({"a": entry(shape=(0, 2**62), offsets=(0, 0))}, b"", None, "tensor a: .* larger than any array"),
+    "unprintable": (b'{"\\ud800": {}}', b"", None, r"tensor '\\ud800': .* unprintable"),
     "missing field": ({"a": {"dtype": "F32"}}, b"", None, "tensor a: its entry must have exactly"),
     "wrong size": ({"a": entry(shape=(3,))}, bytes(8), None, "tensor a: F32 .* needs 12 bytes"),
     "gap": ({"a": entry(offsets=(4, 12))}, bytes(12), None, "tensor a starts at byte"),
@@ -253,6 +257,7 @@ def test_a_directory_without_files_is_refused(name, tmp_path):
     [
         ("{", "no readable weight_map"),
         ('{"weight_map": {"a": 3}}', "no readable weight_map"),
+        ('{"weight_map": {"\\ud800": "model.safetensors"}}', "no readable weight_map"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "not a plain file name"),
         ('{"weight_map": {"a": "other.safetensors"}}', "names shard other.safetensors, which is missing"),
         (
@@ -272,7 +277,15 @@ def test_a_failed_write_leaves_no_file(tmp_path):
     header = make_header({"a": ("F32", (2,))})
     with pytest.raises(CheckpointError, match="tensor a has 4 bytes, its header says 8"):
         write_shard(tmp_path / "x.safetensors", header, lambda _: np.zeros(1, np.float32))
-    assert not (tmp_path / "x.safetensors").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("array", [np.zeros(2, np.int32), np.zeros((2, 1), np.float32)], ids=["dtype", "shape"])
+def test_arrays_that_do_not_fit_the_header_are_refused(array, tmp_path):
+    header = make_header({"a": ("F32", (2,))})
+    with pytest.raises(CheckpointError, match=r"tensor a is .*, its header says F32 \[2\]"):
+        write_shard(tmp_path / "x.safetensors", header, lambda _: array)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
@@ -288,7 +301,7 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path):
 
     with pytest.raises(OSError, match="no more"):
         write_shard(file, header, fail_at_b)
-    assert file.read_bytes() == before
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("path", golden_checkpoints(), ids=case_name)

@@ -242,6 +242,14 @@ def test_with_layers_keeps_the_first_layers_and_the_draft(layers, hashed, ratios
     assert {n for n in whole if not n.startswith("layers.")} == {n for n in cut if not n.startswith("layers.")}
 
 
+def test_with_layers_understands_other_spellings():
+    kinds = ["sliding_attention", *["compressed_sparse_attention", "heavily_compressed_attention"] * 2]
+    config = {k: v for k, v in TINY.items() if k not in ("num_hidden_layers", "num_hash_layers", "compress_ratios")}
+    config |= {"n_layers": 5, "layer_types": kinds, "mlp_layer_types": ["hash_moe"] * 3 + ["moe"] * 2}
+    parsed = ModelConfig.from_dict(with_layers(config, 2))
+    assert (parsed.num_hidden_layers, parsed.compress_ratios, parsed.num_hash_layers) == (2, (0, 4), 2)
+
+
 @pytest.mark.parametrize("layers", [0, -1, 7])
 def test_with_layers_refuses_what_the_config_lacks(layers):
     with pytest.raises(ValueError, match=f"layers={layers} must be between 1 and the config's 6"):
