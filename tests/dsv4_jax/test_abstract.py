@@ -21,7 +21,6 @@ from dsv4_jax import DeepseekV4, ModelConfig, rope
 from dsv4_jax.generate.decode import DecodeState, decode_step
 from dsv4_jax.generate.sampling import Greedy, row_keys
 from dsv4_jax.kernels import resolve_kernels
-from dsv4_jax.layer import run_layer
 from dsv4_jax.presets import PRESETS
 
 
@@ -106,7 +105,8 @@ def test_no_table_or_weight_is_a_literal_of_the_decode_step(name):
     model = abstract(name, max_tokens=65536)
     lowered = jax.jit(decode_step).lower(model, *decode_inputs(model)).as_text()
     assert largest_literal(lowered) < 1 << 20
-    assert "tensor<65536x32xf32>" in lowered.split("{", 2)[1] + lowered  # the tables are arguments
+    arguments = lowered[lowered.index("@main(") : lowered.index("->")]
+    assert arguments.count("tensor<65536x32xf32>") == 4  # cos and sin of two tables come in as arguments
 
 
 def test_one_trace_per_kind_of_layer():
@@ -115,7 +115,6 @@ def test_one_trace_per_kind_of_layer():
     lowered = jax.jit(decode_step).lower(model, *decode_inputs(model)).as_text()
     kinds = {(spec.kind, spec.hashed) for spec in model.config.layers}
     assert len(set(re.findall(r"func\.func private @(run_layer\w*)", lowered))) == len(kinds)
-    assert run_layer is not None
 
 
 def test_the_cache_is_donated(tiny):
