@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.linear import linear, matmul
+from dsv4_jax.linear import linear
 from dsv4_jax.quantized import Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
 from pallas_kernels.index_topk import pick_entries_xla
@@ -20,6 +20,8 @@ from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 
 class AttentionKernels(abc.ABC):
     """What a platform must supply; every implementation keeps the contract of the reference it names."""
+
+    reads_packed = True  # its kernels expand quantised weights tile by tile, so nobody should do so beforehand
 
     @property
     @abc.abstractmethod
@@ -52,6 +54,7 @@ class XlaKernels(AttentionKernels):
     """Portable: whatever XLA compiles for, it runs on."""
 
     name = "xla"
+    reads_packed = False
 
     def padded_heads(self, heads: int) -> int:
         return heads
@@ -74,9 +77,10 @@ def grouped_output(o: jax.Array, rotation: Rotation, o_a: Weight, groups: int) -
     B, T, H, D = o.shape
     o = apply_rope(o, jax.tree.map(lambda table: table[:, :, None], rotation), inverse=True)
     w = dequantize(o_a, o.dtype).reshape(groups, -1, H // groups * D)
-    o = o.reshape(B, T, groups, H // groups * D)
-    parts = [matmul(o[:, :, g], w[g]) for g in range(groups)]
-    return jnp.concatenate(parts, axis=-1).astype(o.dtype)
+    rows = jnp.moveaxis(o.reshape(B * T, groups, -1), 1, 0)
+    precision = jax.lax.Precision.HIGHEST if o.dtype == jnp.float32 else None
+    parts = jnp.einsum("GTK,GRK->GTR", rows, w, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(parts.astype(o.dtype), 0, 1).reshape(B, T, -1)
 
 
 STRATEGIES: dict[str, AttentionKernels] = {"xla": XlaKernels()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -18,11 +19,12 @@ class QuantizedArray:
     """A weight [..., N, K] as codes times one scale per block of `block` rows x columns (a last block may be partial).
 
     data: float8_e4m3fn [..., N, K], or, `packed`, uint8 [..., N, K // 2]: two e2m1 codes a byte, low nibble = even k.
-    scale: uint8 e8m0 exponent bytes or float32, [..., ceil(N / block[0]), ceil(K / block[1])].
+    scale: uint8 e8m0 exponent bytes or float32, [..., ceil(N / block[0]), ceil(K / block[1])]; None where `data` holds
+      the expanded values (see `expand`).
     """
 
     data: jax.Array
-    scale: jax.Array
+    scale: jax.Array | None
     block: tuple[int, int] = (128, 128)
     packed: bool = False
 
@@ -33,7 +35,7 @@ class QuantizedArray:
 
     def __getitem__(self, index) -> QuantizedArray:
         """Index leading (stacking) axes only."""
-        return dataclasses.replace(self, data=self.data[index], scale=self.scale[index])
+        return dataclasses.replace(self, data=self.data[index], scale=None if self.scale is None else self.scale[index])
 
 
 Weight = jax.Array | QuantizedArray
@@ -91,6 +93,8 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     """
     if not isinstance(weight, QuantizedArray):
         return weight.astype(dtype)
+    if weight.scale is None:
+        return weight.data.astype(dtype)
     codes = unpack_fp4(weight.data) if weight.packed else decode_e4m3(weight.data)
     scale = decode_e8m0(weight.scale) if weight.scale.dtype == jnp.uint8 else weight.scale.astype(jnp.float32)
     return (codes * _expand(scale, weight.block, (codes.shape[-2], codes.shape[-1]))).astype(dtype)
@@ -109,3 +113,19 @@ def _repeat(x: jax.Array, times: int, axis: int) -> jax.Array:
     shape = x.shape
     x = jnp.broadcast_to(jnp.expand_dims(x, split), (*shape[:split], times, *shape[split:]))
     return x.reshape(*shape[: split - 1], shape[split - 1] * times, *shape[split:])
+
+
+def _is_quantized(leaf) -> bool:
+    return isinstance(leaf, QuantizedArray)
+
+
+def expanded_bytes(tree, dtype: jax.typing.DTypeLike) -> int:
+    """What the quantised weights of `tree` would take in `dtype`."""
+    leaves = filter(_is_quantized, jax.tree.leaves(tree, is_leaf=_is_quantized))
+    return sum(math.prod(leaf.shape) for leaf in leaves) * jnp.dtype(dtype).itemsize
+
+
+def expand(tree, dtype: jax.typing.DTypeLike):
+    """`tree` with the values of every QuantizedArray written out in `dtype`; they stay marked as quantised."""
+    wide = lambda leaf: QuantizedArray(dequantize(leaf, dtype), None, leaf.block) if _is_quantized(leaf) else leaf
+    return jax.tree.map(wide, tree, is_leaf=_is_quantized)

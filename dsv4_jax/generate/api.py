@@ -18,7 +18,9 @@ from dsv4_jax.generate import decode
 from dsv4_jax.generate.decode import Shapes
 from dsv4_jax.generate.sampling import Greedy, Sampler, row_keys
 from dsv4_jax.model import DeepseekV4
+from dsv4_jax.quantized import expand, expanded_bytes
 
+EXPAND_BYTES = 64 << 20  # bound on the expanded weights of a model that is expanded once per call
 IN_FLIGHT = 2  # decode steps dispatched before the oldest is fetched
 
 
@@ -78,6 +80,17 @@ def _split(model: DeepseekV4) -> tuple[_Structure, list[jax.Array]]:
     return _Structure(treedef), leaves
 
 
+def _ready(model: DeepseekV4) -> tuple[_Structure, list[jax.Array]]:
+    """The model as compiled programs take it.
+
+    A small quantised model spends more time on expanding its weights at each step than on reading them, so it is
+    expanded once per call.
+    """
+    if model.kernels.reads_packed or not 0 < expanded_bytes(model, model.dtype) <= EXPAND_BYTES:
+        return _split(model)
+    return _split(_expand(*_split(model)))
+
+
 def _compiled(static: tuple[str, ...] = (), donate: tuple[str, ...] = ()):
     """jit a function of a model, given as its structure and its arrays."""
 
@@ -89,6 +102,11 @@ def _compiled(static: tuple[str, ...] = (), donate: tuple[str, ...] = ()):
         return jax.jit(call, static_argnums=0, static_argnames=static, donate_argnames=donate)
 
     return wrap
+
+
+@_compiled()
+def _expand(model):
+    return expand(model, model.dtype)
 
 
 _generate = _compiled(static=("shapes",))(decode.generate_tokens)
@@ -120,7 +138,7 @@ def logits(model: DeepseekV4, tokens, lengths=None) -> jax.Array:
     tokens, lengths = _check_prompts(model, tokens, lengths)
     _check_room(model, lengths, 0)
     shapes = Shapes.of(tokens.shape[1], 0, model.max_tokens)
-    out = _score(*_split(model), _pad(tokens, shapes.prompt), lengths, shapes=shapes)
+    out = _score(*_ready(model), _pad(tokens, shapes.prompt), lengths, shapes=shapes)
     return out[:, : tokens.shape[1]]
 
 
@@ -151,7 +169,7 @@ def generate(
     request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts)
     began = time.perf_counter()
     out, counts, steps = _generate(
-        *_split(model), *request.prompts, np.int32(max_new_tokens), *request.choice, shapes=request.shapes
+        *_ready(model), *request.prompts, np.int32(max_new_tokens), *request.choice, shapes=request.shapes
     )
     out, counts, steps = jax.device_get((out, counts, steps))
     seconds = time.perf_counter() - began
@@ -176,7 +194,7 @@ def stream(
 
 
 def _events(model: DeepseekV4, request: _Request, limit: int) -> Iterator[StreamEvent]:
-    parts = _split(model)
+    parts = _ready(model)
     state = _start(*parts, *request.prompts, *request.choice, shapes=request.shapes)
     queue = collections.deque([(0, state.token, state.done)])
     for dispatched in range(1, limit + IN_FLIGHT):

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from dsv4_jax.linear import weight
-from dsv4_jax.quantized import QuantizedArray, _e2m1_by_f16, _e2m1_by_f32, _e4m3_by_f16, dequantize
+from dsv4_jax.quantized import (
+    QuantizedArray,
+    _e2m1_by_f16,
+    _e2m1_by_f32,
+    _e4m3_by_f16,
+    dequantize,
+    expand,
+    expanded_bytes,
+)
 
 
 def draw(shape: tuple[int, ...], block: tuple[int, int], seed: int = 0) -> QuantizedArray:
@@ -63,3 +71,12 @@ def test_an_array_is_cast():
 
 def test_an_unquantised_weight_keeps_its_dtype():
     assert weight((2, 3), jnp.bfloat16, None, "fp8")[...].dtype == jnp.bfloat16
+
+
+def test_expanded_weights_keep_their_values_and_their_mark():
+    key = jax.random.key(0)
+    packed = QuantizedArray(jax.random.bits(key, (64, 32), jnp.uint8), jnp.full((64, 2), 120, jnp.uint8), (1, 32), True)
+    wide = expand({"w": packed, "b": jnp.ones(3)}, jnp.float32)
+    assert isinstance(wide["w"], QuantizedArray) and wide["w"].shape == packed.shape
+    assert expanded_bytes({"w": packed, "b": jnp.ones(3)}, jnp.float32) == 64 * 64 * 4
+    np.testing.assert_array_equal(dequantize(wide["w"], jnp.float32), dequantize(packed, jnp.float32))
