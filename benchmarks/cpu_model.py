@@ -96,7 +96,7 @@ def measure_ours(
     path: Path, *, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """Medians over rounds: milliseconds of a prefill with its first token and of a decode step; the machine's rates."""
-    model = checkpoints.load(path, max_tokens=prompt_tokens + new_tokens, dtype=jnp.float32)
+    model = checkpoints.load(path, max_tokens=prompt_tokens + new_tokens, dtype=jnp.float32, numerics="exact")
     prompt = random_prompt(prompt_tokens, model.config.vocab_size)[None]
 
     def timed(new: int) -> tuple[float, np.ndarray]:

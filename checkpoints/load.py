@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,23 +38,21 @@ def load(
       max_tokens: longest sequence, prompt and continuation; default the smaller of the config's limit and 8,192.
       dtype: of activations and of weights stored unquantised; default bfloat16 on accelerators, float32 on CPU.
       kernels: platform strategy by name; "auto" chooses.
-      numerics: "exact" dequantises weights at use and rounds no activation; "auto" is the same in this version.
-      cache_dtype: of KV rows and index keys; default `dtype`.
+      numerics: "official" rounds activations where the released model does, "exact" nowhere; "auto" is "official"
+        where the checkpoint is quantised. Weights stay quantised in both.
+      cache_dtype: of KV rows and index keys: float32, bfloat16 or "fp8"; default `dtype`.
     Raises:
       CheckpointError: something is wrong with the files; the message names file and tensor.
       ValueError: an argument that does not fit.
     """
-    if numerics not in ("auto", "exact"):
-        raise ValueError(f"numerics={numerics!r} is not available in this version; choose 'auto' or 'exact'")
     source = open_source(path)
     dtype = default_dtype(mesh) if dtype is None else _float(dtype, "dtype")
-    cache_dtype = None if cache_dtype is None else _float(cache_dtype, "cache_dtype")
+    cache_dtype = cache_dtype if cache_dtype in (None, "fp8") else _float(cache_dtype, "cache_dtype", "fp8")
     limit = _max_tokens(source.config, max_tokens)
     if source.config.draft == "dspark":
         warnings.warn(f"{path}: the DSpark drafter is not used; the model generates without drafts", stacklevel=2)
-    model = jax.eval_shape(
-        lambda: DeepseekV4(source.config, max_tokens=limit, dtype=dtype, kernels=kernels, cache_dtype=cache_dtype)
-    )
+    options: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
+    model = jax.eval_shape(lambda: DeepseekV4(source.config, max_tokens=limit, **options))
     return fill(model, source, mesh)
 
 
@@ -81,13 +80,14 @@ def default_dtype(mesh: Mesh | None):
     return jnp.float32 if platform == "cpu" else jnp.bfloat16
 
 
-def _float(dtype, name: str):
+def _float(dtype, name: str, *others: str):
+    choices = " or ".join(("float32", "bfloat16", *others))
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:
-        raise ValueError(f"{name}={dtype!r} is not a dtype; choose float32 or bfloat16") from None
+        raise ValueError(f"{name}={dtype!r} is not a dtype; choose {choices}") from None
     if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"{name}={dtype} is not supported; choose float32 or bfloat16")
+        raise ValueError(f"{name}={dtype} is not supported; choose {choices}")
     return dtype
 
 

@@ -6,15 +6,59 @@ the next write replaces, so padding, finished rows and rejected drafts cost noth
 
 from __future__ import annotations
 
+import collections
+import functools
+import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.config import CSA, SLIDING, LayerSpec, ModelConfig
+from dsv4_jax.config import CSA, HCA, SLIDING, LayerSpec, ModelConfig
+from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, quantize_fp4, quantize_fp8
+from pallas_kernels.formats import decode_e8m0
+from pallas_kernels.kv_rows import Fp8Rows, Rows, empty_rows, quantize_rows
 from pallas_kernels.sparse_mla import Window
 
 SMALL_STEP = 16  # up to this many rows a ring is written row by row, in place; more rewrite the ring in one pass
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How KV rows and index keys are held: in `dtype`, or, with dtype "fp8", in 8 bits (index keys in `index`)."""
+
+    dtype: jax.typing.DTypeLike | Literal["fp8"]
+    index: str = "fp8"  # or "fp4", without loss where index keys are rounded so anyway
+
+    def empty_rows(self, shape: tuple[int, ...], rope_dim: int) -> Rows:
+        return empty_rows(shape, rope_dim) if self.dtype == "fp8" else jnp.zeros(shape, self.dtype)
+
+    def empty_keys(self, shape: tuple[int, ...]) -> StoredRows:
+        if self.dtype != "fp8":
+            return jnp.zeros(shape, self.dtype)
+        *lead, dim = shape
+        if self.index == "fp4":
+            scale = jnp.zeros((*lead, math.ceil(dim / FP4_BLOCK[1])), jnp.uint8)
+            return QuantizedArray(jnp.zeros((*lead, dim // 2), jnp.uint8), scale, FP4_BLOCK, packed=True)
+        scale = jnp.zeros((*lead, 1), jnp.float32)
+        return QuantizedArray(jnp.zeros(shape, jnp.float8_e4m3fn), scale, (1, dim))
+
+
+StoredRows = jax.Array | Fp8Rows | QuantizedArray  # [B, S, D], however it is held
+
+
+def as_stored(rows: jax.Array, like: StoredRows) -> StoredRows:
+    """Wide rows [B, T, D] in the form in which `like` holds its own."""
+    if isinstance(like, Fp8Rows):
+        return quantize_rows(rows, like.rope.shape[-1])
+    if not isinstance(like, QuantizedArray):
+        return rows.astype(like.dtype)
+    if like.packed:
+        return quantize_fp4(rows)
+    coded = quantize_fp8(rows, like.block)
+    assert coded.scale is not None
+    return QuantizedArray(coded.data, decode_e8m0(coded.scale), like.block)
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +68,7 @@ class CompressorCache:
 
     kv: jax.Array
     gate: jax.Array
-    entries: jax.Array
+    entries: Any  # StoredRows: KV rows of a main compressor, index keys of an indexer's
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +76,7 @@ class CompressorCache:
 class LayerCache:
     """window: ring [B, S, D] of K = V rows; the rest only where the layer has them."""
 
-    window: jax.Array
+    window: Rows
     compressor: CompressorCache | None = None
     indexer: CompressorCache | None = None
 
@@ -64,34 +108,72 @@ class Step:
         return self.start + self.count
 
 
-def init_cache(config: ModelConfig, batch: int, max_tokens: int, dtype, *, drafts: int = 0) -> Cache:
+def init_cache(config: ModelConfig, batch: int, max_tokens: int, form: CacheFormat, *, drafts: int = 0) -> Cache:
     """An empty cache for `batch` sequences of up to `max_tokens`; `drafts` is ring slack for rejected tokens."""
-    layers = tuple(init_layer_cache(config, spec, batch, max_tokens, dtype, drafts=drafts) for spec in config.layers)
+    layers = tuple(init_layer_cache(config, spec, batch, max_tokens, form, drafts=drafts) for spec in config.layers)
     return Cache(layers, jnp.zeros((batch,), jnp.int32))
 
 
 def init_layer_cache(
-    config: ModelConfig, spec: LayerSpec, batch: int, max_tokens: int, dtype, *, drafts: int = 0
+    config: ModelConfig, spec: LayerSpec, batch: int, max_tokens: int, form: CacheFormat, *, drafts: int = 0
 ) -> LayerCache:
     """The cache of one layer of kind `spec`."""
+    dim, index_dim, rope_dim = config.head_dim, config.index_head_dim, config.qk_rope_head_dim
 
-    def compressor(width: int) -> CompressorCache:
+    def compressor(entries: StoredRows) -> CompressorCache:
         windows = 2 if spec.kind == CSA else 1
-        ring = (batch, windows * spec.ratio + drafts, windows * width)
-        entries = jnp.zeros((batch, max(max_tokens // spec.ratio, 1), width), dtype)
+        ring = (batch, windows * spec.ratio + drafts, windows * entries.shape[-1])
         return CompressorCache(jnp.zeros(ring, jnp.float32), jnp.zeros(ring, jnp.float32), entries)
 
-    return LayerCache(
-        window=jnp.zeros((batch, config.sliding_window + drafts, config.head_dim), dtype),
-        compressor=None if spec.kind == SLIDING else compressor(config.head_dim),
-        indexer=compressor(config.index_head_dim) if spec.kind == CSA else None,
-    )
+    window = form.empty_rows((batch, config.sliding_window + drafts, dim), rope_dim)
+    if spec.kind == SLIDING:
+        return LayerCache(window)
+    held = (batch, max(max_tokens // spec.ratio, 1))
+    main = compressor(form.empty_rows((*held, dim), rope_dim))
+    return LayerCache(window, main, compressor(form.empty_keys((*held, index_dim))) if spec.kind == CSA else None)
 
 
-def write_ring(ring: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
-    """Put the real rows of [B, T, W] into ring [B, S, W], position p in slot p % S; padding writes nothing."""
+@dataclass(frozen=True)
+class CacheBytes:
+    """What one sequence takes: fixed parts (windows, MTP layers' included, and compressor rows), and per token."""
+
+    windows: int
+    compressor_state: int
+    per_token_of: dict[str, float]  # one layer of each kind
+    layers: dict[str, int]  # how many there are of each kind
+
+    @property
+    def fixed(self) -> int:
+        return self.windows + self.compressor_state
+
+    @property
+    def per_token(self) -> float:
+        return sum(self.per_token_of[kind] * count for kind, count in self.layers.items())
+
+
+def cache_bytes(config: ModelConfig, form: CacheFormat, *, drafts: int = 0) -> CacheBytes:
+    """Bytes of one sequence's cache, from the shapes of `init_cache`; nothing is allocated."""
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    windows, state = 0, 0
+    per_token_of, layers = dict.fromkeys((SLIDING, CSA, HCA), 0.0), collections.Counter[str]()
+    for spec in (*config.layers, *config.mtp_layers):
+        one = jax.eval_shape(functools.partial(init_layer_cache, config, spec, 1, spec.ratio, form, drafts=drafts))
+        compressors = [c for c in (one.compressor, one.indexer) if c is not None]
+        windows += size(one.window)
+        state += sum(size((c.kv, c.gate)) for c in compressors)
+        layers[spec.kind] += 1
+        if compressors:  # one entry was asked for
+            per_token_of[spec.kind] = sum(size(c.entries) for c in compressors) / spec.ratio
+    return CacheBytes(windows, state, per_token_of, dict(layers))
+
+
+def write_ring(ring: StoredRows, rows: StoredRows, step: Step):
+    """Put the real rows of [B, T, W], held as the ring's, into ring [B, S, W]: position p in slot p % S."""
+    return jax.tree.map(lambda old, new: _write_ring(old, new, step), ring, rows)
+
+
+def _write_ring(ring: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
     slots, T = ring.shape[1], rows.shape[1]
-    rows = rows.astype(ring.dtype)
     if T <= min(SMALL_STEP, slots):
         real = jnp.arange(T) < step.count[:, None]
         slot = jnp.where(real, step.positions % slots, slots)  # out of range = dropped
@@ -103,30 +185,36 @@ def write_ring(ring: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
     return jnp.where((held >= step.start[:, None])[..., None], fresh, ring)
 
 
-def read_rows(ring: jax.Array, rows: jax.Array, step: Step, positions: jax.Array) -> jax.Array:
+def read_rows(ring: StoredRows, rows: StoredRows, step: Step, positions: jax.Array):
     """Rows at absolute `positions` [B, K]: from this step's `rows`, or from the ring as it was before the step."""
+    return jax.tree.map(lambda old, new: _read_rows(old, new, step, positions), ring, rows)
+
+
+def _read_rows(ring: jax.Array, rows: jax.Array, step: Step, positions: jax.Array) -> jax.Array:
     slots = ring.shape[1]
     fresh = positions >= step.start[:, None]
     index = jnp.where(fresh, slots + positions - step.start[:, None], positions % slots)
-    return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(jnp.concatenate([ring, rows.astype(ring.dtype)], 1), index)
+    return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(jnp.concatenate([ring, rows], 1), index)
 
 
-def extend_window(ring: jax.Array, rows: jax.Array, step: Step, size: int) -> tuple[Window, jax.Array]:
-    """What this step's queries can see of the window, and the ring after the step."""
+def extend_window(ring: Rows, rows: jax.Array, step: Step, size: int) -> tuple[Window, Rows]:
+    """What this step's queries can see of the window, with its wide rows [B, T, D], and the ring after the step."""
     slots, T = ring.shape[1], rows.shape[1]
-    written = write_ring(ring, rows, step)
+    stored = as_stored(rows, ring)
+    written = write_ring(ring, stored, step)
     if T <= slots - size + 1:  # the ring still holds everything the first query needs
         newest = step.end[:, None] - 1
         held = newest - (newest - jnp.arange(slots)) % slots
         return Window(written, held, size), written
     before = step.start[:, None] - (size - 1) + jnp.arange(size - 1, dtype=jnp.int32)
-    band = jnp.concatenate([read_rows(ring, rows, step, before), rows.astype(ring.dtype)], axis=1)
+    joined = lambda old, new: jnp.concatenate([old, new], axis=1)
+    band = jax.tree.map(joined, read_rows(ring, stored, step, before), stored)
     return Window(band, jnp.concatenate([before, step.positions], axis=1), size, is_band=True), written
 
 
-def write_entries(entries: jax.Array, fresh: jax.Array, first: jax.Array, complete: jax.Array) -> jax.Array:
-    """Put the complete ones of fresh [B, E, d] at indices first .. first + E - 1 of entries [B, N, d]."""
+def write_entries(entries: StoredRows, fresh: jax.Array, first: jax.Array, complete: jax.Array) -> StoredRows:
+    """Put the complete ones of wide fresh [B, E, d] at indices first .. first + E - 1 of entries [B, N, d]."""
     index = first[:, None] + jnp.arange(fresh.shape[1])
     index = jnp.where(complete, index, entries.shape[1] + jnp.arange(fresh.shape[1]))  # out of range = dropped
     put = lambda e, x, i: e.at[i].set(x, mode="drop", unique_indices=True)
-    return jax.vmap(put)(entries, fresh.astype(entries.dtype), index)
+    return jax.tree.map(lambda e, x: jax.vmap(put)(e, x, index), entries, as_stored(fresh, entries))

@@ -176,7 +176,7 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Length of the cache, prompt included.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     kernels: Annotated[str, typer.Option(help="Platform strategy.")] = "auto",
-    numerics: Annotated[str, typer.Option(help="auto or exact.")] = "auto",
+    numerics: Annotated[str, typer.Option(help="auto, official or exact.")] = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,21 @@ class Compressor(nnx.Module):
         self.position_bias = nnx.Param(jnp.zeros((spec.ratio, width), jnp.float32))
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def __call__(self, x: jax.Array, rope: RopeTable, cache: CompressorCache, step: Step) -> CompressorCache:
-        """x [B, T, M] -> the cache with this step's rows and every entry that they complete."""
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: RopeTable,
+        cache: CompressorCache,
+        step: Step,
+        rounded: Callable[[jax.Array], jax.Array],
+    ) -> CompressorCache:
+        """x [B, T, M] -> the cache with this step's rows and every entry that they complete, `rounded` last."""
         kv = matmul(x, self.kv_proj[...])  # fp32 [B, T, width], never rounded
         gate = matmul(x, self.gate_proj[...]) + self.position_bias[...][step.positions % self.ratio]
         first = step.start // self.ratio
         index = first[:, None] + jnp.arange(math.ceil(x.shape[1] / self.ratio), dtype=jnp.int32)
         complete = (index + 1) * self.ratio <= step.end[:, None]
-        pool = lambda: self._pool(kv, gate, index, rope, cache, step, x.dtype)
+        pool = lambda: rounded(self._pool(kv, gate, index, rope, cache, step, x.dtype))
         if x.shape[1] < self.ratio:  # most steps complete nothing
             blank = jnp.zeros((*index.shape, self.dim), x.dtype)
             fresh = jax.lax.cond(complete.any(), pool, lambda: blank)

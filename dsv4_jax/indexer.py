@@ -11,6 +11,7 @@ from dsv4_jax.compressor import Compressor, visible_entries
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import linear, weight
+from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation, apply_rope
 from pallas_kernels.sparse_mla import FirstN, Picks
 
@@ -18,10 +19,10 @@ from pallas_kernels.sparse_mla import FirstN, Picks
 class Indexer(nnx.Module):
     """Scores sum_h w_h relu(q_h . k_i) with its own compressor for the keys."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, dtype):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
         heads, dim = config.index_n_heads, config.index_head_dim
         self.heads, self.dim, self.top_k, self.kernels = heads, dim, config.index_topk, kernels
-        self.ratio = spec.ratio
+        self.ratio, self.numerics = spec.ratio, numerics
         self.q_b_proj = weight((heads * dim, config.q_lora_rank), dtype, config.quantization, "fp8")
         self.weights_proj = nnx.Param(jnp.zeros((heads, config.hidden_size), dtype))
         self.compressor = Compressor(config, spec, dim, dtype)
@@ -30,11 +31,12 @@ class Indexer(nnx.Module):
         self, x: jax.Array, latent: jax.Array, rotation: Rotation, rope: RopeTable, cache: CompressorCache, step: Step
     ) -> tuple[Picks, CompressorCache]:
         """x [B, T, M] and the normed query latent [B, T, Q] -> the entries each query picks, and the cache."""
-        cache = self.compressor(x, rope, cache, step)
+        cache = self.compressor(x, rope, cache, step, self.numerics.index)
         visible = visible_entries(step, self.ratio)
         if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
             return FirstN(visible), cache
+        latent = self.numerics.activations(latent, self.q_b_proj.get_value())
         q = self.kernels.project(latent, self.q_b_proj.get_value()).reshape(*x.shape[:2], self.heads, self.dim)
-        q = apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation))
+        q = self.numerics.index(apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation)))
         w = linear(x, self.weights_proj[...]) * (self.dim**-0.5 * self.heads**-0.5)
         return self.kernels.pick_entries(q, w.astype(x.dtype), cache.entries, visible, top_k=self.top_k), cache

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.linear import linear
-from dsv4_jax.quantized import Weight, dequantize
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.quantized import QuantizedArray, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
@@ -37,16 +38,21 @@ class AttentionKernels(abc.ABC):
         """x [..., K] times w [N, K] -> [..., N] in x.dtype; see `linear.linear`."""
 
     @abc.abstractmethod
-    def output_projection(self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int) -> jax.Array:
-        """Inverse RoPE, grouped low-rank projection, projection back: [B, T, H, D] -> [B, T, M] in o.dtype."""
+    def output_projection(
+        self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
+    ) -> jax.Array:
+        """Inverse RoPE, grouped low-rank projection, projection back: [B, T, H, D] -> [B, T, M] in o.dtype.
+
+        What goes into o_a is never rounded, what goes into o_b is as `numerics` says.
+        """
 
     @abc.abstractmethod
     def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
         """See `pallas_kernels.sparse_mla.reference.sparse_mla`."""
 
     @abc.abstractmethod
-    def pick_entries(self, q, weights, keys, visible, *, top_k: int) -> Picks:
-        """See `pallas_kernels.index_topk.reference.pick_entries`."""
+    def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
+        """See `pallas_kernels.index_topk.reference.pick_entries`; keys may be held in 8 or 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,16 @@ class XlaKernels(AttentionKernels):
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
         return linear(x, w)
 
-    def output_projection(self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int) -> jax.Array:
-        return linear(grouped_output(o, rotation, o_a, groups), o_b)
+    def output_projection(
+        self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
+    ) -> jax.Array:
+        return linear(numerics.activations(grouped_output(o, rotation, o_a, groups), o_b), o_b)
 
     def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
         return sparse_mla_xla(q, positions, window, entries, picks, sinks, scale=scale)
 
-    def pick_entries(self, q, weights, keys, visible, *, top_k: int) -> Picks:
+    def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
+        keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys
         return pick_entries_xla(q, weights, keys, visible, top_k=top_k)
 
 

@@ -12,19 +12,20 @@ from dsv4_jax.hyper_connection import HyperConnection
 from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import RMSNorm
 from dsv4_jax.moe import SparseMoe
+from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable
 
 
 class DecoderLayer(nnx.Module):
     """One layer of any kind; it stores no index, so layers of a kind share one trace."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, dtype):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
         self.attn_hc = HyperConnection(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = ATTENTION[spec.kind](config, spec, kernels, dtype)
+        self.self_attn = ATTENTION[spec.kind](config, spec, kernels, numerics, dtype)
         self.ffn_hc = HyperConnection(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseMoe(config, spec, dtype)
+        self.mlp = SparseMoe(config, spec, numerics, dtype)
 
     def __call__(
         self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step

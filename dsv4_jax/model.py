@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax.cache import Cache, LayerCache, Step, init_cache, init_layer_cache
+from dsv4_jax.cache import Cache, CacheFormat, LayerCache, Step, init_cache, init_layer_cache
 from dsv4_jax.config import SLIDING, ModelConfig
 from dsv4_jax.hyper_connection import HyperHead
 from dsv4_jax.kernels import AttentionKernels, resolve_kernels
 from dsv4_jax.layer import DecoderLayer, run_layer
 from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.mtp import MtpLayer
+from dsv4_jax.numerics import Numerics, resolve_numerics
 from dsv4_jax.rope import RopeTable, rope_specs
 
 
@@ -24,7 +25,9 @@ class DeepseekV4(nnx.Module):
       max_tokens: length of the longest sequence, prompt and continuation; bounds the RoPE tables and the cache.
       dtype: of activations, and of weights that the checkpoint stores unquantised.
       kernels: the platform strategy, or its name.
-      cache_dtype: of KV rows and index keys; default `dtype`.
+      numerics: which activations are rounded, or its name; "auto" is as the checkpoint was trained.
+      cache_dtype: of KV rows and index keys; default `dtype`. "fp8" holds KV rows in 584 bytes (at the published sizes)
+        and index keys in 4 bits where the numerics round them so, in 8 otherwise.
     """
 
     def __init__(
@@ -34,28 +37,33 @@ class DeepseekV4(nnx.Module):
         max_tokens: int,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
         kernels: str | AttentionKernels = "auto",
+        numerics: str | Numerics = "auto",
         cache_dtype: jax.typing.DTypeLike | None = None,
     ):
         kernels = resolve_kernels(kernels) if isinstance(kernels, str) else kernels
+        numerics = resolve_numerics(numerics, config) if isinstance(numerics, str) else numerics
         dtype = jnp.dtype(dtype)
-        self.config, self.max_tokens, self.dtype, self.kernels = config, max_tokens, dtype, kernels
-        self.cache_dtype = dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+        self.config, self.max_tokens, self.dtype = config, max_tokens, dtype
+        self.kernels, self.numerics = kernels, numerics
+        held = "fp8" if cache_dtype in ("fp8", jnp.float8_e4m3fn) else jnp.dtype(cache_dtype or dtype)
+        self.cache_format = CacheFormat(held, numerics.index_format)
         self.embed_tokens = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
-        self.layers = nnx.List([DecoderLayer(config, spec, kernels, dtype) for spec in config.layers])
+        self.layers = nnx.List([DecoderLayer(config, spec, kernels, numerics, dtype) for spec in config.layers])
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
-        self.mtp = nnx.List([MtpLayer(config, spec, kernels, dtype) for spec in config.mtp_layers])
+        self.mtp = nnx.List([MtpLayer(config, spec, kernels, numerics, dtype) for spec in config.mtp_layers])
         main, compress = rope_specs(config)
         self.rope_main, self.rope_compress = RopeTable(main, max_tokens), RopeTable(compress, max_tokens)
 
     def init_cache(self, batch: int, max_tokens: int | None = None, *, drafts: int = 0) -> Cache:
         """An empty cache for `batch` sequences of up to `max_tokens` (default: the model's)."""
-        return init_cache(self.config, batch, max_tokens or self.max_tokens, self.cache_dtype, drafts=drafts)
+        return init_cache(self.config, batch, max_tokens or self.max_tokens, self.cache_format, drafts=drafts)
 
     def init_mtp_cache(self, batch: int, *, drafts: int = 0) -> tuple[LayerCache, ...]:
         """An empty cache per MTP layer; sliding layers need no capacity beyond their window."""
-        make = lambda spec: init_layer_cache(self.config, spec, batch, self.max_tokens, self.cache_dtype, drafts=drafts)
+        form = self.cache_format
+        make = lambda spec: init_layer_cache(self.config, spec, batch, self.max_tokens, form, drafts=drafts)
         return tuple(make(spec) for spec in self.config.mtp_layers)
 
     def __call__(self, tokens: jax.Array, cache: Cache, count: jax.Array) -> tuple[jax.Array, Cache]:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.linear import Buffer, linear, matmul, weight
+from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import Weight, dequantize
 
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
@@ -21,15 +22,18 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
 
 
-def mlp(x: jax.Array, gate_up: Weight, down: Weight, limit: float, weights: jax.Array | None = None) -> jax.Array:
-    """One expert: x [..., M], gate_up [2, F, M], down [M, F] -> [..., M] in x.dtype.
+def mlp(
+    x: jax.Array, gate_up: Weight, down: Weight, limit: float, numerics: Numerics, weights: jax.Array | None = None
+) -> jax.Array:
+    """One expert: x [..., M], rounded already, gate_up [2, F, M], down [M, F] -> [..., M] in x.dtype.
 
-    `weights` [..., 1], the routing weight, goes in before the down projection, as in the reference.
+    `weights` [..., 1], the routing weight, goes in before the down projection and its rounding, as in the reference.
     """
     both = dequantize(gate_up, x.dtype).reshape(-1, x.shape[-1])
     gate, up = jnp.split(linear(x, both).astype(jnp.float32), 2, axis=-1)
     hidden = clamped_swiglu(gate, up, limit)
-    return linear((hidden if weights is None else hidden * weights).astype(x.dtype), down)
+    hidden = (hidden if weights is None else hidden * weights).astype(x.dtype)
+    return linear(numerics.activations(hidden, down), down)
 
 
 def router_scores(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -103,7 +107,7 @@ def block_rows(pairs: int, experts: int) -> int:
     return 1 if mean <= 1 else min(MAX_BLOCK_ROWS, 1 << math.ceil(math.log2(mean)))
 
 
-def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float) -> jax.Array:
+def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics) -> jax.Array:
     """The routed experts' sum: only the products that were routed, expert by expert.
 
     Args:
@@ -115,6 +119,7 @@ def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float) -
     """
     (n, A), experts = index.shape, down.shape[0]
     P, rows = n * A, block_rows(n * A, experts)
+    x = numerics.activations(x, gate_up)
     flat = index.reshape(P)
     if rows == 1:
         blocks = Blocks(flat, jnp.arange(P)[:, None], jnp.int32(P), jnp.arange(P))
@@ -127,7 +132,7 @@ def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float) -
 
         def run():
             token = jnp.minimum(pair, P - 1) // A
-            return mlp(x[token], gate_up[expert], down[expert], limit, padded[pair][:, None])
+            return mlp(x[token], gate_up[expert], down[expert], limit, numerics, padded[pair][:, None])
 
         return None, jax.lax.cond(is_used, run, lambda: jnp.zeros((rows, x.shape[1]), x.dtype)) if rows > 1 else run()
 
@@ -140,37 +145,39 @@ def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float) -
 class Experts(nnx.Module):
     """Routed experts, stacked."""
 
-    def __init__(self, config: ModelConfig, dtype):
+    def __init__(self, config: ModelConfig, numerics: Numerics, dtype):
         E, F, M = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         form = config.quantization.expert_format if config.quantization else "bf16"
-        self.limit = config.swiglu_limit
+        self.limit, self.numerics = config.swiglu_limit, numerics
         self.gate_up_proj = weight((E, 2, F, M), dtype, config.quantization, form)
         self.down_proj = weight((E, M, F), dtype, config.quantization, form)
 
     def __call__(self, x: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
-        return expert_mlp(x, index, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(), self.limit)
+        gate_up, down = self.gate_up_proj.get_value(), self.down_proj.get_value()
+        return expert_mlp(x, index, weights, gate_up, down, self.limit, self.numerics)
 
 
 class SharedExpert(nnx.Module):
     """The expert every token visits; clamped as the routed ones are, never fp4."""
 
-    def __init__(self, config: ModelConfig, dtype):
+    def __init__(self, config: ModelConfig, numerics: Numerics, dtype):
         F, M = config.moe_intermediate_size, config.hidden_size
-        self.limit = config.swiglu_limit
+        self.limit, self.numerics = config.swiglu_limit, numerics
         self.gate_up_proj = weight((2, F, M), dtype, config.quantization, "fp8")
         self.down_proj = weight((M, F), dtype, config.quantization, "fp8")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return mlp(x, self.gate_up_proj.get_value(), self.down_proj.get_value(), self.limit)
+        gate_up, down = self.gate_up_proj.get_value(), self.down_proj.get_value()
+        return mlp(self.numerics.activations(x, gate_up), gate_up, down, self.limit, self.numerics)
 
 
 class SparseMoe(nnx.Module):
     """Routed experts plus the shared one, added in fp32 and rounded once."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, dtype):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, numerics: Numerics, dtype):
         self.gate = Router(config, spec, dtype)
-        self.experts = Experts(config, dtype)
-        self.shared_experts = SharedExpert(config, dtype)
+        self.experts = Experts(config, numerics, dtype)
+        self.shared_experts = SharedExpert(config, numerics, dtype)
 
     def __call__(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """x [B, T, M], tokens int32 [B, T] -> [B, T, M]."""

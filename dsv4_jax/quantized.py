@@ -10,6 +10,20 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats import (
+    decode_e2m1,
+    decode_e4m3,
+    decode_e8m0,
+    encode_e2m1,
+    encode_e4m3,
+    fp4_scale,
+    fp8_scale,
+    pack_fp4,
+    round_e2m1,
+    round_e4m3,
+    unpack_fp4,
+)
+
 FP4_BLOCK = (1, 32)  # a routed expert's fp4 weight has one scale per row and 32 columns
 
 
@@ -41,51 +55,6 @@ class QuantizedArray:
 Weight = jax.Array | QuantizedArray
 
 
-def decode_e8m0(scale: jax.Array) -> jax.Array:
-    """uint8 exponent bytes b -> float32 2^(b - 127), by placing bits: 0 is the subnormal 2^-127, 255 is NaN."""
-    bits = scale.astype(jnp.uint32)
-    bits = jnp.where(bits == 0, jnp.uint32(0x00400000), bits << 23)
-    return jnp.where(scale == 255, jnp.nan, jax.lax.bitcast_convert_type(bits, jnp.float32))
-
-
-def decode_e4m3(codes: jax.Array) -> jax.Array:
-    """float8_e4m3fn -> float32, exactly. CPUs have no such conversion, but have one from float16 (twice as fast)."""
-    return jax.lax.platform_dependent(codes, cpu=_e4m3_by_f16, default=lambda c: c.astype(jnp.float32))
-
-
-def decode_e2m1(codes: jax.Array) -> jax.Array:
-    """uint8 codes 0..15 -> float32 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives, by placing bits."""
-    return jax.lax.platform_dependent(codes, cpu=_e2m1_by_f16, default=_e2m1_by_f32)
-
-
-def _e4m3_by_f16(codes: jax.Array) -> jax.Array:
-    """Sign, exponent and mantissa in float16's fields are the value times 2^-8, subnormals included."""
-    bits = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint16)
-    half = jax.lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
-    return jnp.where((bits & 0x7F) == 0x7F, jnp.nan, half.astype(jnp.float32) * 2**8)
-
-
-def _e2m1_by_f16(codes: jax.Array) -> jax.Array:
-    """As above; the value times 2^-14."""
-    bits = codes.astype(jnp.uint16)
-    half = jax.lax.bitcast_convert_type(((bits & 8) << 12) | ((bits & 7) << 9), jnp.float16)
-    return half.astype(jnp.float32) * 2**14
-
-
-def _e2m1_by_f32(codes: jax.Array) -> jax.Array:
-    codes = codes.astype(jnp.uint32)
-    sign, exponent, mantissa = (codes & 8) << 28, (codes >> 1) & 3, codes & 1
-    normal = ((exponent + 126) << 23) | (mantissa << 22)
-    subnormal = mantissa * jnp.uint32(0x3F000000)  # 0 or 0.5
-    return jax.lax.bitcast_convert_type(sign | jnp.where(exponent == 0, subnormal, normal), jnp.float32)
-
-
-def unpack_fp4(data: jax.Array) -> jax.Array:
-    """uint8 [..., K // 2] -> float32 [..., K]."""
-    pairs = jnp.stack([data & 15, data >> 4], axis=-1)
-    return decode_e2m1(pairs).reshape(*data.shape[:-1], data.shape[-1] * 2)
-
-
 def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     """[..., N, K] in `dtype`; every product of a code and a power-of-two scale is exact in bfloat16 and wider.
 
@@ -95,9 +64,62 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
         return weight.astype(dtype)
     if weight.scale is None:
         return weight.data.astype(dtype)
-    codes = unpack_fp4(weight.data) if weight.packed else decode_e4m3(weight.data)
+    codes = decode_e2m1(unpack_fp4(weight.data)) if weight.packed else decode_e4m3(weight.data)
     scale = decode_e8m0(weight.scale) if weight.scale.dtype == jnp.uint8 else weight.scale.astype(jnp.float32)
     return (codes * _expand(scale, weight.block, (codes.shape[-2], codes.shape[-1]))).astype(dtype)
+
+
+def quantize_fp8(x: jax.Array, block: tuple[int, int] = (1, 128)) -> QuantizedArray:
+    """x [..., N, K] -> e4m3 codes and one e8m0 scale per block: (1, 128) for activations, (128, 128) for weights.
+
+    The scale is the smallest power of two that brings a block's largest magnitude (at least 1e-4) to 448 or below;
+    codes are rounded to nearest, ties to even. Source: architecture 8.1, 8.2.
+    """
+    scale = fp8_scale(_block_amax(x, block))
+    return QuantizedArray(encode_e4m3(_over(x, scale, block)), scale, block)
+
+
+def quantize_fp4(x: jax.Array) -> QuantizedArray:
+    """x [..., N, K] -> packed e2m1 codes and one e8m0 scale per row and 32 columns. Source: architecture 8.3."""
+    if x.shape[-1] % 2:
+        raise ValueError(f"quantize_fp4: the last axis of {x.shape} must be even, two codes share a byte")
+    scale = fp4_scale(_block_amax(x, FP4_BLOCK))
+    return QuantizedArray(pack_fp4(encode_e2m1(_over(x, scale, FP4_BLOCK))), scale, FP4_BLOCK, packed=True)
+
+
+def round_fp8(x: jax.Array, group: int) -> jax.Array:
+    """x [..., K] -> what `quantize_fp8` with blocks (1, group) would give back, in x.dtype (exact in bfloat16)."""
+    return _round_groups(x, group, fp8_scale, round_e4m3)
+
+
+def round_fp4(x: jax.Array, group: int = FP4_BLOCK[1]) -> jax.Array:
+    """x [..., K] -> what `quantize_fp4` would give back, in x.dtype."""
+    return _round_groups(x, group, fp4_scale, round_e2m1)
+
+
+def _round_groups(x: jax.Array, group: int, scale_of, nearest) -> jax.Array:
+    groups = _pad_columns(x.astype(jnp.float32), group).reshape(*x.shape[:-1], -1, group)
+    byte = scale_of(jnp.max(jnp.abs(groups), axis=-1, keepdims=True))
+    rounded = nearest(groups * decode_e8m0(254 - byte)) * decode_e8m0(byte)
+    return rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
+
+
+def _pad_columns(x: jax.Array, multiple: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
+
+
+def _block_amax(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """Largest magnitude of each block: [..., N, K] -> fp32 [..., ceil(N / block[0]), ceil(K / block[1])]."""
+    *lead, rows, columns = x.shape
+    pad = [(0, 0)] * len(lead) + [(0, -rows % block[0]), (0, -columns % block[1])]
+    tiles = jnp.pad(jnp.abs(x.astype(jnp.float32)), pad)
+    tiles = tiles.reshape(*lead, tiles.shape[-2] // block[0], block[0], tiles.shape[-1] // block[1], block[1])
+    return tiles.max(axis=(-3, -1))
+
+
+def _over(x: jax.Array, scale: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """x divided by its blocks' scales, exactly."""
+    return x.astype(jnp.float32) * _expand(decode_e8m0(254 - scale), block, (x.shape[-2], x.shape[-1]))
 
 
 def _expand(scale: jax.Array, block: tuple[int, int], shape: tuple[int, int]) -> jax.Array:

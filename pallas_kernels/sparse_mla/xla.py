@@ -9,18 +9,28 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.kv_rows import Rows, dequantize_rows
 from pallas_kernels.sparse_mla.reference import FirstN, Indices, Mask, Picks, Window, check_shapes
 
 QUERY_BLOCK = 64
 GATHER_BYTES = 32 << 20  # bound on the rows gathered for one block of queries
 
 
-def sparse_mla_xla(q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
+def sparse_mla_xla(
+    q, positions, window: Window, entries: Rows | None, picks: Picks | None, sinks, *, scale: float, return_lse=False
+):
     """See `reference.sparse_mla`."""
     check_shapes(q, positions, window, entries, picks, sinks)
+    out, lse = _in_blocks(q, positions, window, entries, picks, sinks, scale)
+    return (out, lse) if return_lse else out
+
+
+def _in_blocks(q, positions, window: Window, entries, picks, sinks, scale):
     T, block = q.shape[1], _query_block(q, picks)
     if T <= block:
         return _attend(q, positions, window, entries, picks, sinks, scale)
+    if not isinstance(picks, Indices | None):  # read whole by every block: expand 8-bit rows once
+        entries = dequantize_rows(entries, q.dtype)
     q, positions, picks = jax.tree.map(lambda x: split_queries(x, block), (q, positions, picks))
 
     def attend(blocks):
@@ -29,8 +39,7 @@ def sparse_mla_xla(q, positions, window: Window, entries, picks: Picks | None, s
 
     window = _pad_rows(window, -T % block)
     out = jax.lax.map(attend, (q, positions, picks, jnp.arange(q.shape[0]) * block))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :T]
+    return jax.tree.map(lambda x: _join_queries(x, T), out)
 
 
 def _query_block(q, picks) -> int:
@@ -47,10 +56,16 @@ def split_queries(x, block: int):
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 
+def _join_queries(x, T: int):
+    """[blocks, B, block, ...] -> [B, T, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
+
+
 def _pad_rows(window: Window, pad: int) -> Window:
     if not window.is_band or not pad:
         return window
-    rows = jnp.pad(window.rows, ((0, 0), (0, pad), (0, 0)))
+    rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0))), window.rows)
     return Window(rows, jnp.pad(window.positions, ((0, 0), (0, pad)), constant_values=-1), window.size, is_band=True)
 
 
@@ -59,7 +74,7 @@ def _band(window: Window, first, block: int) -> Window:
     if not window.is_band:
         return window
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, block + window.size - 1, axis=1)
-    return Window(cut(window.rows), cut(window.positions), window.size, is_band=True)
+    return Window(jax.tree.map(cut, window.rows), cut(window.positions), window.size, is_band=True)
 
 
 def _attend(q, positions, window: Window, entries, picks, sinks, scale):
@@ -78,22 +93,23 @@ def _product(spec: str, a, b):
     return jnp.einsum(spec, a, b.astype(a.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _dense(q, rows, seen, scale):
+def _dense(q, rows: Rows, seen, scale):
     """Scores of every row [B, S, D], masked, and how to weigh the same rows."""
+    rows = dequantize_rows(rows, q.dtype)
     logits = jnp.where(seen[:, :, None], _product("BTHD,BSD->BTHS", q, rows) * scale, -jnp.inf)
     return logits, lambda weights: _product("BTHS,BSD->BTHD", weights, rows)
 
 
 def _gathered(q, entries, index, scale):
-    rows = jax.vmap(lambda row, i: row.at[i].get(mode="clip"))(entries, index)  # [B, T, C, D]
-    rows = jnp.where((index >= 0)[..., None], rows, 0)
+    gather = lambda leaf: jax.vmap(lambda row, i: row.at[i].get(mode="clip"))(leaf, index)  # [B, T, C, ...]
+    rows = jnp.where((index >= 0)[..., None], dequantize_rows(jax.tree.map(gather, entries), q.dtype), 0)
     logits = _product("BTHD,BTCD->BTHC", q, rows) * scale
     logits = jnp.where((index >= 0)[:, :, None], logits, -jnp.inf)
     return logits, lambda weights: _product("BTHC,BTCD->BTHD", weights, rows)
 
 
 def _softmax(q, pools, sinks):
-    """One softmax over all pools and the sink; the division comes after the value products, as in the reference."""
+    """One softmax over all pools and the sink, and its log-sum-exp; the division comes last, as in the reference."""
     peak = sinks
     for logits, _ in pools:
         peak = jnp.maximum(peak, logits.max(-1))
@@ -103,4 +119,4 @@ def _softmax(q, pools, sinks):
         weights = jnp.exp(logits - peak)
         total = total + weights.sum(-1, keepdims=True)
         out = out + weigh(weights.astype(q.dtype))
-    return (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
+    return (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype), (jnp.log(total) + peak)[..., 0]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_jax import DeepseekV4, ModelConfig
-from dsv4_jax.cache import Step, init_layer_cache, read_rows, write_ring
+from dsv4_jax.cache import CacheFormat, Step, cache_bytes, init_layer_cache, read_rows, write_ring
+from dsv4_jax.config import CSA, HCA, SLIDING
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.random_weights import random_weights
 
@@ -160,7 +161,7 @@ def test_cache_sizes_are_what_the_layer_needs():
     """Window, compressor rings and entries by kind; drafts add slots to the rings alone."""
     config = ModelConfig.from_dict(PRESETS["flash"])
     shapes = lambda spec, drafts: jax.eval_shape(
-        lambda: init_layer_cache(config, spec, 2, 8192, jnp.bfloat16, drafts=drafts)
+        lambda: init_layer_cache(config, spec, 2, 8192, CacheFormat(jnp.bfloat16), drafts=drafts)
     )
     csa, hca = shapes(config.layers[2], 0), shapes(config.layers[3], 3)
     assert csa.window.shape == (2, 128, 512) and hca.window.shape == (2, 131, 512)
@@ -169,3 +170,19 @@ def test_cache_sizes_are_what_the_layer_needs():
     assert hca.compressor.kv.shape == (2, 131, 512) and hca.compressor.entries.shape == (2, 64, 512)
     assert csa.compressor.kv.dtype == jnp.float32 and csa.window.dtype == jnp.bfloat16
     assert shapes(config.layers[0], 0).compressor is None
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "csa", "hca", "total", "windows", "state"),
+    [
+        ("flash", CacheFormat("fp8", "fp4"), 163.0, 4.5625, 3514.25, 3_289_088, 12_206_080),
+        ("flash", CacheFormat("fp8", "fp8"), 179.0, 4.5625, 3850.25, 3_289_088, 12_206_080),
+        ("flash", CacheFormat(jnp.bfloat16), 320.0, 8.0, 6880.0, 44 * 131_072, 12_206_080),
+        ("pro", CacheFormat("fp8", "fp4"), 163.0, 4.5625, 5031.4375, 4_634_624, 18_710_528),
+        ("pro", CacheFormat("fp8", "fp8"), 179.0, 4.5625, 5511.4375, 4_634_624, 18_710_528),
+    ],
+)
+def test_bytes_per_sequence_are_the_published_ones(name, form, csa, hca, total, windows, state):
+    sizes = cache_bytes(ModelConfig.from_dict(PRESETS[name]), form)
+    assert sizes.per_token_of == {SLIDING: 0.0, CSA: csa, HCA: hca} and sizes.per_token == total
+    assert sizes.windows == windows and sizes.compressor_state == state

@@ -36,10 +36,10 @@ class Recorder(XlaKernels):
         self.seen |= {"q": q, "kv": window.rows, "entries": entries, "picks": picks, "attended": out}
         return out
 
-    def output_projection(self, o, rotation, o_a, o_b, groups):
+    def output_projection(self, o, rotation, o_a, o_b, groups, numerics):
         back = jax.tree.map(lambda table: table[:, :, None], rotation)
         self.seen |= {"context": apply_rope(o, back, inverse=True), "o_lora": grouped_output(o, rotation, o_a, groups)}
-        return super().output_projection(o, rotation, o_a, o_b, groups)
+        return super().output_projection(o, rotation, o_a, o_b, groups, numerics)
 
     def pick_entries(self, q, weights, keys, visible, *, top_k):
         self.seen |= {"index_q": q, "index_k": keys, "scores": index_scores(q, weights, keys)}

@@ -97,7 +97,7 @@ def test_streams_after_every_layer(path):
 def test_converted_checkpoint_gives_the_same(case, tmp_path):
     path = GOLDEN / case
     checkpoints.convert(path, tmp_path / "converted")
-    model = checkpoints.load(tmp_path / "converted", max_tokens=1024, dtype=jnp.float32)
+    model = checkpoints.load(tmp_path / "converted", max_tokens=1024, dtype=jnp.float32, numerics="exact")
     want = expected(path, "forward")
     assert_logits_close(dsv4_jax.logits(model, want["input_ids"]), want["logits"])
     greedy = expected(path, "greedy")
@@ -110,7 +110,7 @@ def test_bfloat16_stays_in_its_profile(flavour):
     """The case without discrete choices, computed in bfloat16: noise, but no mistake (profile `bf16`)."""
     path = GOLDEN / "calm" / flavour
     want = expected(path, "forward")
-    model = checkpoints.load(path, max_tokens=1024, dtype=jnp.bfloat16)
+    model = checkpoints.load(path, max_tokens=1024, dtype=jnp.bfloat16, numerics="exact")
     got = np.asarray(dsv4_jax.logits(model, want["input_ids"]), np.float64)
     error = np.abs(got - want["logits"])
     top = np.sort(want["logits"], -1)

@@ -14,9 +14,11 @@ from dsv4_jax.config import LayerSpec, ModelConfig, Yarn
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead, split_mix
 from dsv4_jax.linear import linear, matmul, rms_norm
 from dsv4_jax.moe import clamped_swiglu, router_scores, routing_weights
+from dsv4_jax.numerics import OfficialNumerics
 from dsv4_jax.presets import PRESETS
-from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, decode_e2m1, decode_e4m3, decode_e8m0, dequantize
+from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize, quantize_fp4, quantize_fp8, round_fp4, round_fp8
 from dsv4_jax.rope import RopeSpec, RopeTable, Rotation, apply_rope, build_table
+from pallas_kernels.formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_fp4
 from pallas_kernels.index_topk import index_scores, pick_entries, pick_entries_xla
 from pallas_kernels.sparse_mla import Indices, Mask, Window, sparse_mla, sparse_mla_xla
 
@@ -182,7 +184,7 @@ def test_compressor_entries(name, ratio):
     cache = CompressorCache(rows, rows, jnp.full((1, len(entries) + 2, 32), 7.0))
     step = Step(jnp.zeros((1, T), jnp.int32), jnp.zeros(1, jnp.int32), jnp.asarray([T]))
     table = RopeTable(RopeSpec(160000.0, 16), 512)
-    after = module(jnp.asarray(np.concatenate([kv, gate], axis=1))[None], table, cache, step)
+    after = module(jnp.asarray(np.concatenate([kv, gate], axis=1))[None], table, cache, step, lambda entries: entries)
     close(after.entries[0, : len(entries)], entries)
     assert len(entries) == T // ratio and (after.entries[0, len(entries) :] == 7.0).all()  # no unfinished window
 
@@ -245,3 +247,61 @@ def test_index_selection(op):
         np.put_along_axis(got, index, True, axis=1)
         got = got[:, :-1]
     np.testing.assert_array_equal(got, want["selected"])
+
+
+# --- activation rounding
+
+
+@pytest.mark.parametrize("group", [128, 64])
+def test_fp8_activations_bit_for_bit(group):
+    want = data("fp8_act_quant")
+    x = jnp.asarray(want["x"])
+    coded = quantize_fp8(x, (1, group))
+    np.testing.assert_array_equal(np.asarray(coded.data).view(np.uint8), want[f"b{group}.fp8_bytes"])
+    np.testing.assert_array_equal(coded.scale, want[f"b{group}.scale_e8m0_bytes"])
+    np.testing.assert_array_equal(dequantize(coded, jnp.float32), want[f"b{group}.dequant_f32"])
+    np.testing.assert_array_equal(round_fp8(x, group), want[f"b{group}.dequant_f32"])
+    np.testing.assert_array_equal(
+        np.asarray(round_fp8(x.astype(jnp.bfloat16), group), np.float32), want[f"b{group}.dequant_f32"]
+    )
+
+
+def test_fp4_activations_bit_for_bit():
+    want = data("fp4")
+    x = jnp.asarray(want["act_x"])
+    coded = quantize_fp4(x)
+    np.testing.assert_array_equal(unpack_fp4(coded.data), want["act_codes"])
+    np.testing.assert_array_equal(coded.scale, want["act_scale_e8m0_bytes"])
+    np.testing.assert_array_equal(dequantize(coded, jnp.float32), want["act_dequant_f32"])
+    np.testing.assert_array_equal(round_fp4(x), want["act_dequant_f32"])
+
+
+def test_indexer_rounding_bit_for_bit():
+    want = data("fp4")
+    x = jnp.asarray(want["hadamard_then_fp4_in"], jnp.bfloat16)  # the reference rounds to bfloat16 in between
+    np.testing.assert_array_equal(np.asarray(OfficialNumerics().index(x), np.float32), want["hadamard_then_fp4_f32"])
+
+
+def test_kv_rounding_bit_for_bit():
+    want = data("kv_rounding")
+    np.testing.assert_array_equal(OfficialNumerics().kv(jnp.asarray(want["x"]), 64), want["rounded_f32"])
+
+
+@pytest.mark.parametrize("case", ["exact", "partial", "small"])
+def test_fp8_products_with_rounded_activations(case):
+    want = data("fp8_weights")
+    weight = QuantizedArray(as_fp8(want[f"{case}.weight_fp8_bytes"]), jnp.asarray(want[f"{case}.scale_e8m0_bytes"]))
+    x = OfficialNumerics().activations(jnp.asarray(want[f"{case}.x"]), weight)
+    close(linear(x, weight), want[f"{case}.y_act_quant_f64"])
+
+
+def test_fp4_products_with_rounded_activations():
+    want = data("fp4")
+    packed = jnp.asarray(want["weight_packed_int8"].view(np.uint8))
+    weight = QuantizedArray(packed, jnp.asarray(want["weight_scale_e8m0_bytes"]), FP4_BLOCK, packed=True)
+    close(linear(OfficialNumerics().activations(jnp.asarray(want["x"]), weight), weight), want["y_act_quant_f64"])
+
+
+def test_weights_stored_wide_get_wide_activations():
+    x = jnp.asarray(data("fp4")["x"])
+    assert OfficialNumerics().activations(x, jnp.eye(256)) is x

@@ -9,8 +9,11 @@ from golden_cases import GOLDEN
 
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.moe import MAX_BLOCK_ROWS, Router, block_rows, clamped_swiglu, expert_mlp
+from dsv4_jax.numerics import ExactNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize
+
+EXACT = ExactNumerics()
 
 E, A, M, F = 6, 2, 64, 32
 
@@ -76,7 +79,7 @@ def test_quantised_experts_equal_their_values(n, packed):
     rng = np.random.default_rng(n)
     gate_up, down = quantised((E, 2, F, M), packed, rng), quantised((E, M, F), packed, rng)
     x, index, weights = routed(n, rng)
-    got = expert_mlp(x, index, weights, gate_up, down, 2.0)
+    got = expert_mlp(x, index, weights, gate_up, down, 2.0, EXACT)
     wide, back = (np.asarray(dequantize(w, jnp.float32), np.float64) for w in (gate_up, down))
     want = np.zeros((n, M))
     for t in range(n):
@@ -94,8 +97,8 @@ def test_experts_nobody_chose_are_not_read(chosen):
     index = jnp.broadcast_to(jnp.asarray(chosen, jnp.int32), (24, A))
     gate_up, down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((E, 2, F, M), (E, M, F)))
     spoil = lambda w: jnp.full_like(w, jnp.nan).at[np.asarray(chosen)].set(w[np.asarray(chosen)])
-    got = expert_mlp(x, index, weights, spoil(gate_up), spoil(down), 2.0)
-    np.testing.assert_array_equal(got, expert_mlp(x, index, weights, gate_up, down, 2.0))
+    got = expert_mlp(x, index, weights, spoil(gate_up), spoil(down), 2.0, EXACT)
+    np.testing.assert_array_equal(got, expert_mlp(x, index, weights, gate_up, down, 2.0, EXACT))
 
 
 def test_a_token_does_not_depend_on_the_others():
@@ -104,9 +107,10 @@ def test_a_token_does_not_depend_on_the_others():
     x, index, weights = routed(32, rng)
     others = routed(32, rng)
     mixed = [mine.at[:16].set(other[:16]) for mine, other in zip((x, index, weights), others, strict=True)]
-    whole, changed = expert_mlp(x, index, weights, gate_up, down, 2.0), expert_mlp(*mixed, gate_up, down, 2.0)
+    whole = expert_mlp(x, index, weights, gate_up, down, 2.0, EXACT)
+    changed = expert_mlp(*mixed, gate_up, down, 2.0, EXACT)
     np.testing.assert_array_equal(changed[16:], whole[16:])
-    alone = expert_mlp(x[16:17], index[16:17], weights[16:17], gate_up, down, 2.0)
+    alone = expert_mlp(x[16:17], index[16:17], weights[16:17], gate_up, down, 2.0, EXACT)
     np.testing.assert_allclose(alone[0], whole[16], rtol=0, atol=2e-6 * np.abs(whole).max())
 
 

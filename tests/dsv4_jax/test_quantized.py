@@ -11,13 +11,11 @@ import pytest
 from dsv4_jax.linear import weight
 from dsv4_jax.quantized import (
     QuantizedArray,
-    _e2m1_by_f16,
-    _e2m1_by_f32,
-    _e4m3_by_f16,
     dequantize,
     expand,
     expanded_bytes,
 )
+from pallas_kernels.formats import _e2m1_by_f16, _e2m1_by_f32, _e4m3_by_f16
 
 
 def draw(shape: tuple[int, ...], block: tuple[int, int], seed: int = 0) -> QuantizedArray:

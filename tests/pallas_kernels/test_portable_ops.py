@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_jax.moe import clamped_swiglu, expert_mlp, make_blocks
+from dsv4_jax.numerics import ExactNumerics
 from pallas_kernels.index_topk import pick_entries, pick_entries_xla
 from pallas_kernels.index_topk.xla import kth_largest
 from pallas_kernels.sparse_mla import FirstN, Indices, Mask, Window, sparse_mla, sparse_mla_xla
@@ -136,7 +137,7 @@ def test_experts_equal_a_dense_loop(n, A, E, skewed):
     x, gate_up, down = normal(n, 16), normal(E, 2, 8, 16), normal(E, 16, 8)
     index = np.stack([np.arange(A) if skewed else rng.permutation(E)[:A] for _ in range(n)]).astype(np.int32)
     weights = jnp.asarray(rng.random((n, A)), jnp.float32)
-    got = expert_mlp(x, jnp.asarray(index), weights, gate_up, down, 2.0)
+    got = expert_mlp(x, jnp.asarray(index), weights, gate_up, down, 2.0, ExactNumerics())
     np.testing.assert_allclose(got, dense_experts(x, index, weights, gate_up, down, 2.0), atol=1e-4)
 
 

@@ -18,6 +18,7 @@ MAX_TOKENS = 1024
 
 # max abs, mean abs, mean KL of logits in float32 (the golden data's own tolerance)
 F32 = (5e-3, 5e-5, 1e-7)
+ROUNDED = (1.0, 2e-2, 1e-3)  # activations rounded; winners agree in 0.98 of the clear cases
 
 
 def golden_roots() -> list[Path]:
@@ -52,19 +53,26 @@ def checkpoints_with(what: str):
 
 
 @functools.lru_cache(maxsize=4)
-def load_model(path: Path, max_tokens: int = MAX_TOKENS) -> DeepseekV4:
-    """A golden checkpoint in float32."""
-    return checkpoints.load(path, max_tokens=max_tokens, dtype=jnp.float32)
+def load_model(path: Path, max_tokens: int = MAX_TOKENS, **options) -> DeepseekV4:
+    """A golden checkpoint in float32, no activation rounded unless asked: what most golden outputs are."""
+    return checkpoints.load(path, max_tokens=max_tokens, dtype=jnp.float32, **{"numerics": "exact"} | options)
 
 
-def assert_logits_close(got, want) -> None:
-    """float32 profile: largest and mean error, mean KL, and the winner wherever it leads by more than 0.05."""
+def mean_kl(got, want) -> float:
+    """KL(want || got) in nats, averaged over positions."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    log_got, log_want = (x - x.max(-1, keepdims=True) for x in (got, want))
+    log_got, log_want = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_got, log_want))
+    return float((np.exp(log_want) * (log_want - log_got)).sum(-1).mean())
+
+
+def assert_logits_close(got, want, profile=F32, top1: float = 1.0) -> None:
+    """Largest and mean error, mean KL, and the share of winners that agree where they lead by more than 0.05."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     error = np.abs(got - want)
-    log_got, log_want = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (got, want))
-    kl = (np.exp(log_want) * (log_want - log_got)).sum(-1).mean()
-    assert error.max() <= F32[0] and error.mean() <= F32[1] and kl <= F32[2], (error.max(), error.mean(), kl)
+    errors = (error.max(), error.mean(), mean_kl(got, want))
+    assert all(e <= limit for e, limit in zip(errors, profile, strict=True)), errors
     top = np.sort(want, -1)
     clear = top[..., -1] - top[..., -2] > 0.05
-    assert (got.argmax(-1) == want.argmax(-1))[clear].all()
+    assert (got.argmax(-1) == want.argmax(-1))[clear].mean() >= top1

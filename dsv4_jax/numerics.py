@@ -1,0 +1,93 @@
+"""Numerics: where activations are rounded, chosen once when the model is built (architecture 8, 12).
+
+`ExactNumerics` rounds nothing beyond the activations' own dtype. `OfficialNumerics` rounds where the released model
+does, which was trained so: in front of every quantised linear map, on KV rows, on the indexer's queries and keys.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.config import ModelConfig
+from dsv4_jax.quantized import QuantizedArray, Weight, round_fp4, round_fp8
+from pallas_kernels.formats import hadamard
+
+ACTIVATION_GROUP = 128  # channels of an activation that share a scale
+KV_GROUP = 64  # channels of a KV row that share a scale; its rotary channels are never rounded
+
+
+class Numerics(abc.ABC):
+    """The rounding points that a model may have; every method gives back what it was given, rounded, in its dtype."""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The name it is asked for by."""
+
+    @property
+    @abc.abstractmethod
+    def index_format(self) -> str:
+        """What holds an index key without loss in an 8-bit cache, or with the least: "fp4" or "fp8"."""
+
+    @abc.abstractmethod
+    def activations(self, x: jax.Array, w: Weight) -> jax.Array:
+        """x [..., K], about to be multiplied with the weight w."""
+
+    @abc.abstractmethod
+    def kv(self, rows: jax.Array, rope_dim: int) -> jax.Array:
+        """KV rows [..., D], window or compressed, rotated."""
+
+    @abc.abstractmethod
+    def index(self, x: jax.Array) -> jax.Array:
+        """Index queries or keys [..., D], rotated."""
+
+
+@dataclass(frozen=True)
+class ExactNumerics(Numerics):
+    """Weights expanded at use, activations left alone."""
+
+    name = "exact"
+    index_format = "fp8"
+
+    def activations(self, x: jax.Array, w: Weight) -> jax.Array:
+        return x
+
+    def kv(self, rows: jax.Array, rope_dim: int) -> jax.Array:
+        return rows
+
+    def index(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+@dataclass(frozen=True)
+class OfficialNumerics(Numerics):
+    """The released model's rounding points; weights stored unquantised get unrounded activations, as there."""
+
+    name = "official"
+    index_format = "fp4"
+
+    def activations(self, x: jax.Array, w: Weight) -> jax.Array:
+        return round_fp8(x, ACTIVATION_GROUP) if isinstance(w, QuantizedArray) else x
+
+    def kv(self, rows: jax.Array, rope_dim: int) -> jax.Array:
+        still, turning = rows[..., :-rope_dim], rows[..., -rope_dim:]
+        return jnp.concatenate([round_fp8(still, KV_GROUP), turning], axis=-1)
+
+    def index(self, x: jax.Array) -> jax.Array:
+        return round_fp4(hadamard(x))
+
+
+NUMERICS: dict[str, Numerics] = {"exact": ExactNumerics(), "official": OfficialNumerics()}
+
+
+def resolve_numerics(name: str, config: ModelConfig) -> Numerics:
+    """The numerics called `name`; "auto" is "official" where the checkpoint is quantised, else "exact"."""
+    if name == "auto":
+        name = "official" if config.quantization else "exact"
+    if name not in NUMERICS:
+        raise ValueError(f"numerics={name!r} is not known; choose 'auto' or one of {sorted(NUMERICS)}")
+    return NUMERICS[name]
