@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +22,28 @@ from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import RMSNorm, rms_norm, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation, apply_rope
+from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 from pallas_kernels.sparse_mla import FirstN, Picks
 
-Compressed = tuple[StoredRows | None, Picks | None]  # entries [B, N, D] and what each query picks of them
+Branches = tuple[Callable[[], Any], ...]
 
 
 class Attention(nnx.Module, abc.ABC):
     """Multi-query latent attention with K = V, sinks and a grouped low-rank output projection."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        kernels: AttentionKernels,
+        numerics: Numerics,
+        dtype,
+        schedule: AsyncSchedule = IN_ORDER,
+    ):
         heads, dim, quantization = config.num_attention_heads, config.head_dim, config.quantization
         self.heads, self.dim, self.groups, self.window = heads, dim, config.o_groups, config.sliding_window
         self.eps, self.ratio, self.rope_dim = config.rms_norm_eps, spec.ratio, config.qk_rope_head_dim
-        self.kernels, self.numerics = kernels, numerics
+        self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
         linear = lambda rows, columns: weight((rows, columns), dtype, quantization, "fp8")
         self.q_a_proj = linear(config.q_lora_rank, config.hidden_size)
         self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
@@ -46,27 +56,45 @@ class Attention(nnx.Module, abc.ABC):
 
     def __call__(self, x: jax.Array, rope: RopeTable, cache: LayerCache, step: Step) -> tuple[jax.Array, LayerCache]:
         """x [B, T, M] -> [B, T, M] and the layer's cache after this step."""
-        rotation = rope(step.positions)
-        latent = self.q_a_norm(self._project(x, self.q_a_proj))
-        query = self._query(latent, rotation)
-        kv = apply_rope(self.kv_norm(self._project(x, self.kv_proj)), rotation)
-        kv = self.numerics.kv(kv, self.rope_dim)
-        window, ring = extend_window(cache.window, kv, step, self.window)
-        (entries, picks), cache = self.compress(x, latent, rotation, rope, cache, step)
-        query, sinks = self._pad_heads(query)
-        out = self.kernels.sparse_mla(query, step.positions, window, entries, picks, sinks, scale=self.dim**-0.5)[
-            :, :, : self.heads
-        ]
-        out = self.kernels.output_projection(
-            out, rotation, self.o_a_proj.get_value(), self.o_b_proj.get_value(), self.groups, self.numerics
+        rotation, fork = rope(step.positions), self.schedule.fork
+        latent, kv, *inputs = fork(
+            lambda: self.q_a_norm(self._project(x, self.q_a_proj)),
+            lambda: self._rows(x, rotation),
+            *self.inputs(x, step),
         )
+        compress = self.compress(inputs, latent, rotation, rope, cache, step)
+        query, *compressed = fork(lambda: self._query(latent, rotation), *compress)
+        window, ring = extend_window(cache.window, kv, step, self.window)
+        entries, picks, cache = self.gather(compressed, cache, step)
+        query, sinks = self._pad_heads(query)
+        out = self.kernels.sparse_mla(query, step.positions, window, entries, picks, sinks, scale=self.dim**-0.5)
+        o_a, o_b = self.o_a_proj.get_value(), self.o_b_proj.get_value()
+        out = self.kernels.output_projection(out[:, :, : self.heads], rotation, o_a, o_b, self.groups, self.numerics)
         return out, dataclasses.replace(cache, window=ring)
 
     @abc.abstractmethod
+    def inputs(self, x: jax.Array, step: Step) -> Branches:
+        """What compressor and indexer project of x [B, T, M], as branches that may run beside the main projections."""
+
+    @abc.abstractmethod
     def compress(
-        self, x: jax.Array, latent: jax.Array, rotation: Rotation, rope: RopeTable, cache: LayerCache, step: Step
-    ) -> tuple[Compressed, LayerCache]:
-        """Write the entries this step completes; -> the entries on offer, each query's picks, and the cache."""
+        self, inputs: list, latent: jax.Array, rotation: Rotation, rope: RopeTable, cache: LayerCache, step: Step
+    ) -> Branches:
+        """Branches, to run beside the query path, that write the entries this step completes and pick among them."""
+
+    @abc.abstractmethod
+    def gather(
+        self, compressed: list, cache: LayerCache, step: Step
+    ) -> tuple[StoredRows | None, Picks | None, LayerCache]:
+        """What those branches gave -> the entries on offer, each query's picks, and the cache."""
+
+    def _rows(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        """x [B, T, M] -> KV rows [B, T, D], normed, rotated, rounded."""
+        kv = apply_rope(self.kv_norm(self._project(x, self.kv_proj)), rotation)
+        return self._rounded(kv)
+
+    def _rounded(self, rows: jax.Array) -> jax.Array:
+        return self.numerics.kv(rows, self.rope_dim)
 
     def _project(self, x: jax.Array, w: nnx.Param) -> jax.Array:
         return self.kernels.project(self.numerics.activations(x, w.get_value()), w.get_value())
@@ -89,37 +117,72 @@ class Attention(nnx.Module, abc.ABC):
 class WindowAttention(Attention):
     """Sliding window only (ratio 0)."""
 
-    def compress(self, x, latent, rotation, rope, cache, step):
-        return (None, None), cache
+    def inputs(self, x, step):
+        return ()
+
+    def compress(self, inputs, latent, rotation, rope, cache, step):
+        return ()
+
+    def gather(self, compressed, cache, step):
+        return None, None, cache
 
 
 class HcaAttention(Attention):
     """Heavily compressed attention: every visible entry is read."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
-        super().__init__(config, spec, kernels, numerics, dtype)
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        kernels: AttentionKernels,
+        numerics: Numerics,
+        dtype,
+        schedule: AsyncSchedule = IN_ORDER,
+    ):
+        super().__init__(config, spec, kernels, numerics, dtype, schedule)
         self.compressor = Compressor(config, spec, config.head_dim, dtype)
 
-    def compress(self, x, latent, rotation, rope, cache, step):
-        rounded = lambda entries: self.numerics.kv(entries, self.rope_dim)
-        compressed = self.compressor(x, rope, cache.compressor, step, rounded)
+    def inputs(self, x, step):
+        return (lambda: self.compressor.project(x, step),)
+
+    def compress(self, inputs, latent, rotation, rope, cache, step):
+        return (lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._rounded),)
+
+    def gather(self, compressed, cache, step):
         picks = FirstN(visible_entries(step, self.ratio))
-        return (compressed.entries, picks), dataclasses.replace(cache, compressor=compressed)
+        return compressed[0].entries, picks, dataclasses.replace(cache, compressor=compressed[0])
 
 
 class CsaAttention(Attention):
     """Compressed sparse attention: the indexer picks among overlapping entries."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
-        super().__init__(config, spec, kernels, numerics, dtype)
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        kernels: AttentionKernels,
+        numerics: Numerics,
+        dtype,
+        schedule: AsyncSchedule = IN_ORDER,
+    ):
+        super().__init__(config, spec, kernels, numerics, dtype, schedule)
         self.compressor = Compressor(config, spec, config.head_dim, dtype)
         self.indexer = Indexer(config, spec, kernels, numerics, dtype)
 
-    def compress(self, x, latent, rotation, rope, cache, step):
-        rounded = lambda entries: self.numerics.kv(entries, self.rope_dim)
-        compressed = self.compressor(x, rope, cache.compressor, step, rounded)
-        picks, keys = self.indexer(x, latent, rotation, rope, cache.indexer, step)
-        return (compressed.entries, picks), dataclasses.replace(cache, compressor=compressed, indexer=keys)
+    def inputs(self, x, step):
+        main, keys = self.compressor, self.indexer.compressor
+        return lambda: main.project(x, step), lambda: self.indexer.weigh(x), lambda: keys.project(x, step)
+
+    def compress(self, inputs, latent, rotation, rope, cache, step):
+        main, weights, keys = inputs
+        return (
+            lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step),
+            lambda: self.compressor(main, rope, cache.compressor, step, self._rounded),
+        )
+
+    def gather(self, compressed, cache, step):
+        (picks, keys), main = compressed
+        return main.entries, picks, dataclasses.replace(cache, compressor=main, indexer=keys)
 
 
 ATTENTION: dict[str, Callable[..., Attention]] = {SLIDING: WindowAttention, CSA: CsaAttention, HCA: HcaAttention}

@@ -14,6 +14,8 @@ from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.rope import RopeTable, apply_rope
 
+Projected = tuple[jax.Array, jax.Array]  # kv and gate (with its position bias) of this step's tokens
+
 
 class Compressor(nnx.Module):
     """Pools rows of width `dim`; with overlap (CSA) an entry also reads the window before its own.
@@ -22,37 +24,41 @@ class Compressor(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, dim: int, dtype):
-        self.ratio, self.dim, self.overlap = spec.ratio, dim, spec.kind == CSA
+        self.ratio, self.dim, self.overlap, self.dtype = spec.ratio, dim, spec.kind == CSA, dtype
         width = dim * (2 if self.overlap else 1)
         self.kv_proj = nnx.Param(jnp.zeros((width, config.hidden_size), dtype))
         self.gate_proj = nnx.Param(jnp.zeros((width, config.hidden_size), dtype))
         self.position_bias = nnx.Param(jnp.zeros((spec.ratio, width), jnp.float32))
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
 
+    def project(self, x: jax.Array, step: Step) -> Projected:
+        """x [B, T, M] -> this step's rows, fp32 [B, T, width], never rounded."""
+        gate = matmul(x, self.gate_proj[...]) + self.position_bias[...][step.positions % self.ratio]
+        return matmul(x, self.kv_proj[...]), gate
+
     def __call__(
         self,
-        x: jax.Array,
+        projected: Projected,
         rope: RopeTable,
         cache: CompressorCache,
         step: Step,
         rounded: Callable[[jax.Array], jax.Array],
     ) -> CompressorCache:
-        """x [B, T, M] -> the cache with this step's rows and every entry that they complete, `rounded` last."""
-        kv = matmul(x, self.kv_proj[...])  # fp32 [B, T, width], never rounded
-        gate = matmul(x, self.gate_proj[...]) + self.position_bias[...][step.positions % self.ratio]
+        """What `project` gave -> the cache with these rows and every entry that they complete, `rounded` last."""
+        kv, gate = projected
         first = step.start // self.ratio
-        index = first[:, None] + jnp.arange(math.ceil(x.shape[1] / self.ratio), dtype=jnp.int32)
+        index = first[:, None] + jnp.arange(math.ceil(kv.shape[1] / self.ratio), dtype=jnp.int32)
         complete = (index + 1) * self.ratio <= step.end[:, None]
-        pool = lambda: rounded(self._pool(kv, gate, index, rope, cache, step, x.dtype))
-        if x.shape[1] < self.ratio:  # most steps complete nothing
-            blank = jnp.zeros((*index.shape, self.dim), x.dtype)
+        pool = lambda: rounded(self._pool(kv, gate, index, rope, cache, step))
+        if kv.shape[1] < self.ratio:  # most steps complete nothing
+            blank = jnp.zeros((*index.shape, self.dim), self.dtype)
             fresh = jax.lax.cond(complete.any(), pool, lambda: blank)
         else:
             fresh = pool()
         entries = write_entries(cache.entries, fresh, first, complete)
         return CompressorCache(write_ring(cache.kv, kv, step), write_ring(cache.gate, gate, step), entries)
 
-    def _pool(self, kv, gate, index, rope: RopeTable, cache: CompressorCache, step: Step, dtype) -> jax.Array:
+    def _pool(self, kv, gate, index, rope: RopeTable, cache: CompressorCache, step: Step) -> jax.Array:
         """Entries `index` [B, E] -> [B, E, dim], normed and rotated at the first position of their own window."""
         first = index * self.ratio
         rows, gates = (self._window_rows(ring, new, first, step) for ring, new in ((cache.kv, kv), (cache.gate, gate)))
@@ -60,7 +66,7 @@ class Compressor(nnx.Module):
             absent = (first == 0)[..., None] & (jnp.arange(2 * self.ratio) < self.ratio)
             gates = jnp.where(absent[..., None], -jnp.inf, gates)
         pooled = jnp.sum(jax.nn.softmax(gates, axis=2) * rows, axis=2)
-        entry = self.kv_norm(pooled.astype(dtype))
+        entry = self.kv_norm(pooled.astype(self.dtype))
         return apply_rope(entry, rope(first))
 
     def _window_rows(self, ring, new, first, step: Step) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.cache import CompressorCache, Step
-from dsv4_jax.compressor import Compressor, visible_entries
+from dsv4_jax.compressor import Compressor, Projected, visible_entries
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import linear, weight
@@ -27,16 +27,29 @@ class Indexer(nnx.Module):
         self.weights_proj = nnx.Param(jnp.zeros((heads, config.hidden_size), dtype))
         self.compressor = Compressor(config, spec, dim, dtype)
 
+    def weigh(self, x: jax.Array) -> jax.Array:
+        """x [B, T, M] -> the weight of each index head, scaled, [B, T, H] in x.dtype."""
+        return (linear(x, self.weights_proj[...]) * (self.dim**-0.5 * self.heads**-0.5)).astype(x.dtype)
+
     def __call__(
-        self, x: jax.Array, latent: jax.Array, rotation: Rotation, rope: RopeTable, cache: CompressorCache, step: Step
+        self,
+        weights: jax.Array,
+        projected: Projected,
+        latent: jax.Array,
+        rotation: Rotation,
+        rope: RopeTable,
+        cache: CompressorCache,
+        step: Step,
     ) -> tuple[Picks, CompressorCache]:
-        """x [B, T, M] and the normed query latent [B, T, Q] -> the entries each query picks, and the cache."""
-        cache = self.compressor(x, rope, cache, step, self.numerics.index)
+        """What `weigh` and `compressor.project` gave, and the normed query latent [B, T, Q].
+
+        -> the entries each query picks, and the cache.
+        """
+        cache = self.compressor(projected, rope, cache, step, self.numerics.index)
         visible = visible_entries(step, self.ratio)
         if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
             return FirstN(visible), cache
         latent = self.numerics.activations(latent, self.q_b_proj.get_value())
-        q = self.kernels.project(latent, self.q_b_proj.get_value()).reshape(*x.shape[:2], self.heads, self.dim)
+        q = self.kernels.project(latent, self.q_b_proj.get_value()).reshape(*latent.shape[:2], self.heads, self.dim)
         q = self.numerics.index(apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation)))
-        w = linear(x, self.weights_proj[...]) * (self.dim**-0.5 * self.heads**-0.5)
-        return self.kernels.pick_entries(q, w.astype(x.dtype), cache.entries, visible, top_k=self.top_k), cache
+        return self.kernels.pick_entries(q, weights, cache.entries, visible, top_k=self.top_k), cache

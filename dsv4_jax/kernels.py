@@ -22,6 +22,7 @@ from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 class AttentionKernels(abc.ABC):
     """What a platform must supply; every implementation keeps the contract of the reference it names."""
 
+    has_streams = False  # lanes of the schedule are streams of the device
     reads_packed = True  # its kernels expand quantised weights tile by tile, so nobody should do so beforehand
 
     @property

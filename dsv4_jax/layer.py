@@ -14,18 +14,27 @@ from dsv4_jax.linear import RMSNorm
 from dsv4_jax.moe import SparseMoe
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable
+from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 
 
 class DecoderLayer(nnx.Module):
     """One layer of any kind; it stores no index, so layers of a kind share one trace."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        kernels: AttentionKernels,
+        numerics: Numerics,
+        dtype,
+        schedule: AsyncSchedule = IN_ORDER,
+    ):
         self.attn_hc = HyperConnection(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = ATTENTION[spec.kind](config, spec, kernels, numerics, dtype)
+        self.self_attn = ATTENTION[spec.kind](config, spec, kernels, numerics, dtype, schedule)
         self.ffn_hc = HyperConnection(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseMoe(config, spec, numerics, dtype)
+        self.mlp = SparseMoe(config, spec, numerics, dtype, schedule)
 
     def __call__(
         self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step

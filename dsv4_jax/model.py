@@ -15,6 +15,7 @@ from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.mtp import MtpLayer
 from dsv4_jax.numerics import Numerics, resolve_numerics
 from dsv4_jax.rope import RopeTable, rope_specs
+from dsv4_jax.schedule import AsyncSchedule
 
 
 class DeepseekV4(nnx.Module):
@@ -28,6 +29,7 @@ class DeepseekV4(nnx.Module):
       numerics: which activations are rounded, or its name; "auto" is as the checkpoint was trained.
       cache_dtype: of KV rows and index keys; default `dtype`. "fp8" holds KV rows in 584 bytes (at the published sizes)
         and index keys in 4 bits where the numerics round them so, in 8 otherwise.
+      schedule: the one that all layers share; default three lanes, streams where the strategy has them.
     """
 
     def __init__(
@@ -39,20 +41,24 @@ class DeepseekV4(nnx.Module):
         kernels: str | AttentionKernels = "auto",
         numerics: str | Numerics = "auto",
         cache_dtype: jax.typing.DTypeLike | None = None,
+        schedule: AsyncSchedule | None = None,
     ):
         kernels = resolve_kernels(kernels) if isinstance(kernels, str) else kernels
         numerics = resolve_numerics(numerics, config) if isinstance(numerics, str) else numerics
         dtype = jnp.dtype(dtype)
         self.config, self.max_tokens, self.dtype = config, max_tokens, dtype
-        self.kernels, self.numerics = kernels, numerics
+        schedule = AsyncSchedule(streams=kernels.has_streams) if schedule is None else schedule
+        self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
         held = "fp8" if cache_dtype in ("fp8", jnp.float8_e4m3fn) else jnp.dtype(cache_dtype or dtype)
         self.cache_format = CacheFormat(held, numerics.index_format)
         self.embed_tokens = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
-        self.layers = nnx.List([DecoderLayer(config, spec, kernels, numerics, dtype) for spec in config.layers])
+        self.layers = nnx.List(
+            [DecoderLayer(config, spec, kernels, numerics, dtype, schedule) for spec in config.layers]
+        )
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
-        self.mtp = nnx.List([MtpLayer(config, spec, kernels, numerics, dtype) for spec in config.mtp_layers])
+        self.mtp = nnx.List([MtpLayer(config, spec, kernels, numerics, dtype, schedule) for spec in config.mtp_layers])
         main, compress = rope_specs(config)
         self.rope_main, self.rope_compress = RopeTable(main, max_tokens), RopeTable(compress, max_tokens)
 

@@ -13,6 +13,7 @@ from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.linear import Buffer, linear, matmul, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import Weight, dequantize
+from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
 
@@ -174,7 +175,10 @@ class SharedExpert(nnx.Module):
 class SparseMoe(nnx.Module):
     """Routed experts plus the shared one, added in fp32 and rounded once."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, numerics: Numerics, dtype):
+    def __init__(
+        self, config: ModelConfig, spec: LayerSpec, numerics: Numerics, dtype, schedule: AsyncSchedule = IN_ORDER
+    ):
+        self.schedule = schedule
         self.gate = Router(config, spec, dtype)
         self.experts = Experts(config, numerics, dtype)
         self.shared_experts = SharedExpert(config, numerics, dtype)
@@ -182,6 +186,7 @@ class SparseMoe(nnx.Module):
     def __call__(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """x [B, T, M], tokens int32 [B, T] -> [B, T, M]."""
         flat = x.reshape(-1, x.shape[-1])
-        index, weights = self.gate(flat, tokens.reshape(-1))
-        routed = self.experts(flat, index, weights)
-        return (routed + self.shared_experts(flat).astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
+        routed, shared = self.schedule.fork(
+            lambda: self.experts(flat, *self.gate(flat, tokens.reshape(-1))), lambda: self.shared_experts(flat), lane=2
+        )
+        return (routed + shared.astype(jnp.float32)).astype(x.dtype).reshape(x.shape)

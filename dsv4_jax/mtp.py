@@ -13,19 +13,28 @@ from dsv4_jax.layer import DecoderLayer, run_layer
 from dsv4_jax.linear import RMSNorm, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable
+from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 
 
 class MtpLayer(nnx.Module):
     """Own block, own collapse and norm; embedding and LM head are the main model's, passed in by it."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        kernels: AttentionKernels,
+        numerics: Numerics,
+        dtype,
+        schedule: AsyncSchedule = IN_ORDER,
+    ):
         M = config.hidden_size
-        self.kernels, self.numerics = kernels, numerics
+        self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
         self.enorm = RMSNorm(M, config.rms_norm_eps)
         self.hnorm = RMSNorm(M, config.rms_norm_eps)
         self.e_proj = weight((M, M), dtype, config.quantization, "fp8")
         self.h_proj = weight((M, M), dtype, config.quantization, "fp8")
-        self.block = DecoderLayer(config, spec, kernels, numerics, dtype)
+        self.block = DecoderLayer(config, spec, kernels, numerics, dtype, schedule)
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(M, config.rms_norm_eps)
 
@@ -37,6 +46,9 @@ class MtpLayer(nnx.Module):
         step.tokens are those next tokens, step.positions the t. -> this layer's streams, whose head predicts t + 2.
         """
         project = lambda x, w: self.kernels.project(self.numerics.activations(x, w), w)
-        token = project(self.enorm(embedded), self.e_proj.get_value())
-        hidden = project(self.hnorm(streams), self.h_proj.get_value())
+        hidden, token = self.schedule.fork(
+            lambda: project(self.hnorm(streams), self.h_proj.get_value()),
+            lambda: project(self.enorm(embedded), self.e_proj.get_value()),
+            lane=3,
+        )
         return run_layer(self.block, token[:, :, None] + hidden, rope, cache, step)

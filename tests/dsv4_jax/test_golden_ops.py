@@ -184,7 +184,8 @@ def test_compressor_entries(name, ratio):
     cache = CompressorCache(rows, rows, jnp.full((1, len(entries) + 2, 32), 7.0))
     step = Step(jnp.zeros((1, T), jnp.int32), jnp.zeros(1, jnp.int32), jnp.asarray([T]))
     table = RopeTable(RopeSpec(160000.0, 16), 512)
-    after = module(jnp.asarray(np.concatenate([kv, gate], axis=1))[None], table, cache, step, lambda entries: entries)
+    projected = module.project(jnp.asarray(np.concatenate([kv, gate], axis=1))[None], step)
+    after = module(projected, table, cache, step, lambda entries: entries)
     close(after.entries[0, : len(entries)], entries)
     assert len(entries) == T // ratio and (after.entries[0, len(entries) :] == 7.0).all()  # no unfinished window
 
