@@ -52,13 +52,12 @@ class DeepseekV4(nnx.Module):
         held = "fp8" if cache_dtype in ("fp8", jnp.float8_e4m3fn) else jnp.dtype(cache_dtype or dtype)
         self.cache_format = CacheFormat(held, numerics.index_format)
         self.embed_tokens = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
-        self.layers = nnx.List(
-            [DecoderLayer(config, spec, kernels, numerics, dtype, schedule) for spec in config.layers]
-        )
+        shared = (kernels, numerics, dtype, schedule)
+        self.layers = nnx.List([DecoderLayer(config, spec, *shared) for spec in config.layers])
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
-        self.mtp = nnx.List([MtpLayer(config, spec, kernels, numerics, dtype, schedule) for spec in config.mtp_layers])
+        self.mtp = nnx.List([MtpLayer(config, spec, *shared) for spec in config.mtp_layers])
         main, compress = rope_specs(config)
         self.rope_main, self.rope_compress = RopeTable(main, max_tokens), RopeTable(compress, max_tokens)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import time
@@ -17,17 +16,21 @@ import numpy as np
 from dsv4_jax.generate import decode
 from dsv4_jax.generate.decode import Shapes
 from dsv4_jax.generate.sampling import Greedy, Sampler, row_keys
+from dsv4_jax.generate.speculative import MAX_DRAFTS, Drafter, MtpDrafter
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.quantized import expand, expanded_bytes
 
 EXPAND_BYTES = 64 << 20  # bound on the expanded weights of a model that is expanded once per call
-IN_FLIGHT = 2  # decode steps dispatched before the oldest is fetched
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What a run did. `seconds` is wall time, compilation included in the first run of its shapes; `accepted` counts
-    accepted drafts by draft position (empty without drafts)."""
+    """What a run did.
+
+    steps: passes that yielded tokens, the prefill's included; each later one checked the drafts of unfinished rows.
+    seconds: wall time, compilation included in the first run of its shapes.
+    drafted: drafts that were checked; accepted: how many of them were right, by their position (empty without drafts).
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -40,8 +43,20 @@ class Stats:
     def tokens_per_second(self) -> float:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def acceptance(self) -> tuple[float, ...]:
+        """Share of right drafts, by position; a draft after a wrong one counts as wrong."""
+        checked = self.drafted // len(self.accepted) if self.accepted else 0
+        return tuple(count / checked if checked else 0.0 for count in self.accepted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens that a row gained in a step: 1 + the accepted drafts."""
+        return 1 + sum(self.acceptance)
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        derived = ("tokens_per_second", "acceptance", "tokens_per_step")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """One step: int32 [B] tokens (-1 for rows that ended before) and which rows have ended, this token included."""
+    """The next token of each row, int32 [B], and which rows have ended, this token included.
+
+    -1 for rows that ended before; with drafts, also where a row has no token yet: rows then advance unevenly.
+    """
 
     step: int
     tokens: np.ndarray
@@ -109,19 +127,21 @@ def _expand(model):
     return expand(model, model.dtype)
 
 
-_generate = _compiled(static=("shapes",))(decode.generate_tokens)
+_generate = _compiled(static=("shapes", "drafter"))(decode.generate_tokens)
 _score = _compiled(static=("shapes",))(decode.score_tokens)
 
 
-@_compiled(static=("shapes",))
-def _start(model, tokens, lengths, sampler, keys, stop, *, shapes):
-    return decode.first_token(*decode.prefill(model, tokens, lengths, shapes), sampler, keys, stop)
+@_compiled(static=("shapes", "drafter"))
+def _start(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter):
+    prompted = decode.prefill(model, tokens, lengths, shapes, drafter)
+    return decode.first_token(model, prompted, sampler, keys, stop, limit, drafter)
 
 
-@_compiled(donate=("cache",))
-def _step(model, token, done, step, sampler, keys, stop, *, cache):
-    # token and done are fetched while the next step runs, so only the cache may be donated.
-    return decode.decode_step(model, decode.DecodeState(token, done, step, cache), sampler, keys, stop)
+@_compiled(static=("drafter",), donate=("state",))
+def _step(model, limit, sampler, keys, stop, *, state, drafter):
+    # What the host fetches while the next step runs must not be part of the donated state.
+    state, new = decode.decode_step(model, state, sampler, keys, stop, limit, drafter)
+    return state, (new, state.done | False)
 
 
 def logits(model: DeepseekV4, tokens, lengths=None) -> jax.Array:
@@ -162,19 +182,24 @@ def generate(
       sampler: `Greedy()` (default) or `Sample(...)`.
       seed: one seed, from which each row draws its own stream, or one seed per row [B].
       stop_ids: ids that end a row; the stop id itself is returned.
-      drafts: speculative drafts per step; only 0 is available in this version.
+      drafts: tokens that the MTP layers guess ahead per step, 0 .. 8; more tokens per step where they guess right, the
+        same tokens in any case.
     Raises:
       ValueError: before any work, for anything that does not fit; the message says what to change.
     """
     request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts)
     began = time.perf_counter()
-    out, counts, steps = _generate(
-        *_ready(model), *request.prompts, np.int32(max_new_tokens), *request.choice, shapes=request.shapes
+    limit = np.int32(max_new_tokens)
+    out = _generate(
+        *_ready(model), *request.prompts, limit, *request.choice, shapes=request.shapes, drafter=request.drafter
     )
-    out, counts, steps = jax.device_get((out, counts, steps))
+    out = jax.device_get(out)
     seconds = time.perf_counter() - began
-    stats = Stats(int(request.prompts[1].sum()), int(counts.sum()), int(steps), seconds)
-    return Generation(out[:, :max_new_tokens], counts, stats)
+    new = int(out.lengths.sum())
+    accepted = tuple(out.accepted.tolist())
+    drafted = int(out.offered) * len(accepted)
+    stats = Stats(int(request.prompts[1].sum()), new, 1 + int(out.steps), seconds, drafted, accepted)
+    return Generation(out.tokens[:, :max_new_tokens], out.lengths, stats)
 
 
 def stream(
@@ -188,26 +213,32 @@ def stream(
     stop_ids: Sequence[int] = (),
     drafts: int = 0,
 ) -> Iterator[StreamEvent]:
-    """As `generate`, token by token over the same step; yields a StreamEvent per step while the next ones run."""
+    """As `generate`, token by token over the same step; yields StreamEvents while the next steps run."""
     request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts)
     return _events(model, request, max_new_tokens)
 
 
 def _events(model: DeepseekV4, request: _Request, limit: int) -> Iterator[StreamEvent]:
-    parts = _ready(model)
-    state = _start(*parts, *request.prompts, *request.choice, shapes=request.shapes)
-    queue = collections.deque([(0, state.token, state.done)])
-    for dispatched in range(1, limit + IN_FLIGHT):
-        if dispatched < limit:
-            state = _step(*parts, state.token, state.done, state.step, *request.choice, cache=state.cache)
-            state.token.copy_to_host_async()
-            queue.append((dispatched, state.token, state.done))
-        if queue and (dispatched >= IN_FLIGHT or dispatched >= limit - 1):
-            step, token, done = queue.popleft()
-            event = StreamEvent(step, np.asarray(token), np.asarray(done))
+    parts, drafter = _ready(model), request.drafter
+    state = _start(*parts, *request.prompts, np.int32(limit), *request.choice, shapes=request.shapes, drafter=drafter)
+    first, done = jax.device_get((state.token, state.done))
+    yield StreamEvent(0, first, done)
+    step = lambda state: _step(*parts, np.int32(limit), *request.choice, state=state, drafter=drafter)
+    number, rounds = 1, 0 if done.all() else limit - 1
+    for new, done_after in model.schedule.run(step, state, rounds):
+        for event in _one_by_one(new, done, done_after, number):
             yield event
-            if event.done.all():
-                return
+            number += 1
+        done = done_after
+        if done.all():
+            return
+
+
+def _one_by_one(new: np.ndarray, before: np.ndarray, after: np.ndarray, number: int) -> Iterator[StreamEvent]:
+    """A step's tokens [B, K], -1 where a row has fewer, as events of at most one token a row."""
+    counts = (new >= 0).sum(1)
+    for i in range(counts.max(initial=0)):
+        yield StreamEvent(number + i, new[:, i], np.where(counts > i + 1, before, after))
 
 
 @dataclass(frozen=True)
@@ -217,14 +248,14 @@ class _Request:
     prompts: tuple[np.ndarray, np.ndarray]
     choice: tuple[Sampler, jax.Array, np.ndarray]  # sampler, keys, stop ids
     shapes: Shapes
+    drafter: Drafter | None
 
     @classmethod
     def make(cls, model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts) -> _Request:
         tokens, lengths = _check_prompts(model, tokens, lengths)
         if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1")
-        if drafts:
-            raise ValueError(f"drafts={drafts}: speculative decoding is not available in this version; use drafts=0")
+        drafter = _drafter(model, drafts)
         sampler = Greedy() if sampler is None else sampler
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler={sampler!r} must be a Sampler such as Greedy() or Sample(temperature=0.7)")
@@ -234,7 +265,16 @@ class _Request:
         stop = np.concatenate([stop, np.full(8 - len(stop) % 8, -2)]).astype(np.int32)
         shapes = Shapes.of(tokens.shape[1], int(max_new_tokens), model.max_tokens)
         keys = row_keys(_check_seed(seed, len(tokens)), len(tokens))
-        return cls((_pad(tokens, shapes.prompt), lengths), (sampler, keys, stop), shapes)
+        return cls((_pad(tokens, shapes.prompt), lengths), (sampler, keys, stop), shapes, drafter)
+
+
+def _drafter(model: DeepseekV4, drafts: int) -> Drafter | None:
+    if not isinstance(drafts, (int, np.integer)) or not 0 <= drafts <= MAX_DRAFTS:
+        raise ValueError(f"drafts={drafts!r} must be an integer between 0 and {MAX_DRAFTS}")
+    if drafts and not len(model.mtp):
+        kind = "its DSpark drafter is not supported" if model.config.draft == "dspark" else "it has no MTP layer"
+        raise ValueError(f"drafts={drafts}: this checkpoint cannot draft, {kind}; use drafts=0")
+    return MtpDrafter(int(drafts)) if drafts else None
 
 
 def _check_prompts(model: DeepseekV4, tokens, lengths) -> tuple[np.ndarray, np.ndarray]:

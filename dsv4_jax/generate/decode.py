@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.cache import Cache
-from dsv4_jax.generate.sampling import Sampler, step_keys
+from dsv4_jax.generate.sampling import Sampler
+from dsv4_jax.generate.speculative import Drafter, Drafts, choose, count_accepted, first_drafts, next_drafts
 from dsv4_jax.model import DeepseekV4
 
 PREFILL_CHUNK = 512
@@ -42,12 +44,39 @@ class Shapes:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Between two steps: the last token of each row (not yet in the cache), what is finished, and the cache."""
+    """Between two steps: the last token of each row (not yet in the cache), what is finished, the cache, the drafts."""
 
     token: jax.Array  # int32 [B]
     done: jax.Array  # bool [B]
-    step: jax.Array  # int32 [], tokens produced so far
+    produced: jax.Array  # int32 [B], new tokens so far
     cache: Cache
+    drafts: Drafts | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prompted:
+    """What prefill leaves: logits fp32 [B, V] and streams [B, N, M] after each prompt, cache, the drafter's memory."""
+
+    logits: jax.Array
+    streams: jax.Array
+    cache: Cache
+    memory: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Decoded:
+    """tokens: int32 [B, shapes.new], -1 after a row's end; lengths: int32 [B]; steps: int32 [], of decoding.
+
+    accepted: int32 [K], how often the draft of each position was right; offered: how often it was checked.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    steps: jax.Array
+    accepted: jax.Array
+    offered: jax.Array
 
 
 def chunks_of(tokens: jax.Array, lengths: jax.Array, index: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -56,43 +85,77 @@ def chunks_of(tokens: jax.Array, lengths: jax.Array, index: jax.Array, chunk: in
     return piece, jnp.clip(lengths - index * chunk, 0, chunk)
 
 
-def prefill(model: DeepseekV4, tokens: jax.Array, lengths: jax.Array, shapes: Shapes) -> tuple[jax.Array, Cache]:
-    """Right-padded prompts [B, shapes.prompt] -> fp32 logits [B, V] after each row's last token, and the cache."""
+def prefill(
+    model: DeepseekV4, tokens: jax.Array, lengths: jax.Array, shapes: Shapes, drafter: Drafter | None = None
+) -> Prompted:
+    """Right-padded prompts [B, shapes.prompt], chunk by chunk through the cache and past the drafter."""
     B, chunk = tokens.shape[0], shapes.chunk
     last = jnp.zeros((B, model.config.hc_mult, model.config.hidden_size), model.dtype)
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
     def run_chunk(carry):
-        index, last, cache = carry
+        index, last, cache, memory = carry
         piece, count = chunks_of(tokens, lengths, index, chunk)
+        start = cache.length
         streams, cache = model(piece, cache, count)
         at_end = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)[:, 0]
         ends_here = (lengths - 1) // chunk == index
-        return index + 1, jnp.where(ends_here[:, None, None], at_end, last), cache
+        if drafter is not None:  # what follows a prompt's last token is not known yet
+            after, known = chunks_of(following, lengths - 1, index, chunk)
+            memory, _ = drafter.observe(model, memory, streams, after, start, known)
+        return index + 1, jnp.where(ends_here[:, None, None], at_end, last), cache, memory
 
-    carry = (jnp.int32(0), last, model.init_cache(B, shapes.capacity))
+    drafts = 0 if drafter is None else drafter.count
+    memory = None if drafter is None else drafter.init(model, B)
+    carry = (jnp.int32(0), last, model.init_cache(B, shapes.capacity, drafts=drafts), memory)
     if shapes.prompt == chunk:
-        _, last, cache = run_chunk(carry)
+        _, last, cache, memory = run_chunk(carry)
     else:
-        _, last, cache = jax.lax.while_loop(lambda c: c[0] * chunk < lengths.max(), run_chunk, carry)
-    return model.head(last[:, None])[:, 0], cache
+        _, last, cache, memory = jax.lax.while_loop(lambda c: c[0] * chunk < lengths.max(), run_chunk, carry)
+    return Prompted(model.head(last[:, None])[:, 0], last, cache, memory)
 
 
-def first_token(logits: jax.Array, cache: Cache, sampler: Sampler, keys: jax.Array, stop: jax.Array) -> DecodeState:
+def first_token(
+    model: DeepseekV4, prompted: Prompted, sampler: Sampler, keys, stop, limit, drafter: Drafter | None = None
+) -> DecodeState:
     """The state after prefill: the first new token is chosen, nothing of it is in the cache yet."""
-    token = sampler(logits, step_keys(keys, jnp.int32(0)))
-    return DecodeState(token, jnp.isin(token, stop), jnp.int32(1), cache)
+    end = prompted.cache.length
+    token = choose(prompted.logits[:, None], sampler, keys, jnp.zeros_like(end))[:, 0]
+    drafts = None
+    if drafter is not None:
+        drafts = first_drafts(model, drafter, prompted.memory, prompted.streams, token, end, sampler, keys)
+    done = jnp.isin(token, stop) | (limit <= 1)
+    return DecodeState(token, done, jnp.ones_like(end), prompted.cache, drafts)
 
 
 def decode_step(
-    model: DeepseekV4, state: DecodeState, sampler: Sampler, keys: jax.Array, stop: jax.Array
-) -> DecodeState:
-    """One more token for every unfinished row; finished rows keep their cache and yield -1."""
-    active = ~state.done
-    token = jnp.where(active, state.token, 0)
-    streams, cache = model(token[:, None], state.cache, active.astype(jnp.int32))
-    chosen = sampler(model.head(streams)[:, 0], step_keys(keys, state.step))
-    token = jnp.where(active, chosen, -1)
-    return DecodeState(token, state.done | jnp.isin(token, stop), state.step + 1, cache)
+    model: DeepseekV4, state: DecodeState, sampler: Sampler, keys, stop, limit, drafter: Drafter | None = None
+) -> tuple[DecodeState, jax.Array]:
+    """One step for every unfinished row: its last token, and its drafts, go through the model.
+
+    Args:
+      keys: one PRNG key per row; stop: int32 [K] ids that end a row; limit: int32 [], new tokens wanted per row.
+    Returns:
+      The state, and the new tokens int32 [B, 1 + drafts], padded with -1. Finished rows keep their cache.
+    """
+    active, start, drafts = ~state.done, state.cache.length, state.drafts
+    tokens = state.token[:, None]
+    if drafts is not None:
+        tokens = jnp.concatenate([tokens, drafts.tokens], axis=1)
+    T = tokens.shape[1]
+    streams, cache = model(jnp.where(active[:, None], tokens, 0), state.cache, active.astype(jnp.int32) * T)
+    chosen = choose(model.head(streams), sampler, keys, state.produced)
+    right = jnp.zeros_like(start) if drafts is None else count_accepted(drafts.tokens, chosen)
+    stops = jnp.isin(chosen, stop)
+    before_stop = jnp.where(stops.any(1), jnp.argmax(stops, axis=1), T) + 1
+    kept = jnp.where(active, jnp.minimum(jnp.minimum(right + 1, before_stop), limit - state.produced), 0)
+    new = jnp.where(jnp.arange(T) < kept[:, None], chosen, -1)
+    produced = state.produced + kept
+    token = jnp.take_along_axis(chosen, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+    if drafter is not None and drafts is not None:
+        drafts = next_drafts(model, drafter, drafts, streams, chosen, kept, start, sampler, keys, produced)
+    done = state.done | jnp.isin(token, stop) | (produced >= limit)
+    return DecodeState(token, done, produced, Cache(cache.layers, start + kept), drafts), new
 
 
 def generate_tokens(
@@ -104,26 +167,31 @@ def generate_tokens(
     keys: jax.Array,
     stop: jax.Array,
     shapes: Shapes,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    drafter: Drafter | None = None,
+) -> Decoded:
     """Prefill and the whole decode loop on the device; stops early when every row has.
 
     Args:
       tokens, lengths: int32 [B, shapes.prompt] right-padded, int32 [B].
       limit: int32 [], new tokens wanted, 1 .. shapes.new.
       keys: one PRNG key per row; stop: int32 [K] ids that end a row, padded with -2.
-    Returns:
-      int32 [B, shapes.new] padded with -1, int32 [B] lengths (the stop id counted), int32 [] decode steps run.
+      drafter: who guesses tokens ahead; it changes how long this takes and nothing else.
     """
-    state = first_token(*prefill(model, tokens, lengths, shapes), sampler, keys, stop)
-    out = jnp.full((tokens.shape[0], shapes.new), -1, jnp.int32).at[:, 0].set(state.token)
+    prompted = prefill(model, tokens, lengths, shapes, drafter)
+    state = first_token(model, prompted, sampler, keys, stop, limit, drafter)
+    B = tokens.shape[0]
+    out = jnp.full((B, shapes.new), -1, jnp.int32).at[:, 0].set(state.token)
 
     def body(carry):
-        state, out = carry
-        state = decode_step(model, state, sampler, keys, stop)
-        return state, out.at[:, state.step - 1].set(state.token)
+        state, out, steps = carry
+        after, new = decode_step(model, state, sampler, keys, stop, limit, drafter)
+        slot = jnp.where(new >= 0, state.produced[:, None] + jnp.arange(new.shape[1]), shapes.new)
+        return after, out.at[jnp.arange(B)[:, None], slot].set(new, mode="drop"), steps + 1
 
-    state, out = jax.lax.while_loop(lambda c: (c[0].step < limit) & ~c[0].done.all(), body, (state, out))
-    return out, (out >= 0).sum(1, dtype=jnp.int32), state.step
+    state, out, steps = jax.lax.while_loop(lambda c: ~c[0].done.all(), body, (state, out, jnp.int32(0)))
+    none = (jnp.zeros(0, jnp.int32), jnp.int32(0))
+    accepted, offered = none if state.drafts is None else (state.drafts.accepted, state.drafts.offered)
+    return Decoded(out, state.produced, steps, accepted, offered)
 
 
 def score_tokens(model: DeepseekV4, tokens: jax.Array, lengths: jax.Array, shapes: Shapes) -> jax.Array:

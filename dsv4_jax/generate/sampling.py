@@ -88,6 +88,6 @@ def row_keys(seed: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), 0))(seed)
 
 
-def step_keys(keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The keys of the `step`-th new token."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+def token_keys(keys: jax.Array, index: jax.Array) -> jax.Array:
+    """The keys [B] of each row's new token number index, int32 [B]."""
+    return jax.vmap(jax.random.fold_in)(keys, index)

@@ -10,6 +10,7 @@ from pallas_kernels.sparse_mla.reference import Indices, Mask, Picks
 from pallas_kernels.sparse_mla.xla import split_queries
 
 SCORE_BYTES = 32 << 20  # bound on one block's per-head scores
+FEW_QUERIES = 16  # up to this many per row, the keys are much the larger operand
 DENSE_LIMIT = 4  # up to this many entries per pick, a mask over all entries beats gathering rows
 
 
@@ -33,7 +34,17 @@ def pick_entries_xla(q, weights, keys, visible, *, top_k: int) -> Picks:
 
 
 def _scores(q, weights, keys, visible):
-    return jnp.where(jnp.arange(keys.shape[1]) >= visible[..., None], -jnp.inf, index_scores(q, weights, keys))
+    scores = (_scores_of_few if q.shape[1] <= FEW_QUERIES else index_scores)(q, weights, keys)
+    return jnp.where(jnp.arange(keys.shape[1]) >= visible[..., None], -jnp.inf, scores)
+
+
+def _scores_of_few(q, weights, keys):
+    """`index_scores` with the keys as the left operand, which is read as it lies; as the right one it is transposed."""
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dots = jnp.einsum(
+        "BND,BTHD->BNTH", keys.astype(q.dtype), q, precision=precision, preferred_element_type=jnp.float32
+    )
+    return jnp.einsum("BNTH,BTH->BTN", jax.nn.relu(dots), weights.astype(jnp.float32), precision="highest")
 
 
 def _pick_indices(q, weights, keys, visible, top_k: int):

@@ -13,6 +13,7 @@ from pallas_kernels.kv_rows import Rows, dequantize_rows
 from pallas_kernels.sparse_mla.reference import FirstN, Indices, Mask, Picks, Window, check_shapes
 
 QUERY_BLOCK = 64
+FEW_QUERIES = 16  # up to this many per row, the rows are the larger operand
 GATHER_BYTES = 32 << 20  # bound on the rows gathered for one block of queries
 
 
@@ -96,7 +97,11 @@ def _product(spec: str, a, b):
 def _dense(q, rows: Rows, seen, scale):
     """Scores of every row [B, S, D], masked, and how to weigh the same rows."""
     rows = dequantize_rows(rows, q.dtype)
-    logits = jnp.where(seen[:, :, None], _product("BTHD,BSD->BTHS", q, rows) * scale, -jnp.inf)
+    if q.shape[1] <= FEW_QUERIES:  # rows on the left are read as they lie
+        logits = jnp.einsum("BSTH->BTHS", _product("BSD,BTHD->BSTH", rows, q))
+    else:
+        logits = _product("BTHD,BSD->BTHS", q, rows)
+    logits = jnp.where(seen[:, :, None], logits * scale, -jnp.inf)
     return logits, lambda weights: _product("BTHS,BSD->BTHD", weights, rows)
 
 

@@ -31,10 +31,10 @@ def abstract(name: str, **options) -> DeepseekV4:
 
 def decode_inputs(model: DeepseekV4, batch: int = 1):
     state = jax.eval_shape(
-        lambda: DecodeState(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), jnp.int32(1), model.init_cache(batch))
+        lambda: DecodeState(*(jnp.zeros(batch, t) for t in (jnp.int32, bool, jnp.int32)), model.init_cache(batch))
     )
     keys = jax.eval_shape(lambda: row_keys(jnp.uint32(0), batch))
-    return state, Greedy(), keys, jax.ShapeDtypeStruct((8,), jnp.int32)
+    return state, Greedy(), keys, jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
 
 
 def test_loading_builds_each_rope_table_once(monkeypatch):
@@ -120,12 +120,8 @@ def test_one_trace_per_kind_of_layer():
 def test_the_cache_is_donated(tiny):
     from dsv4_jax.generate import api
 
-    state, _, _, _ = decode_inputs(tiny)
-    structure, leaves = api._split(tiny)
-    lowered = api._step.lower(
-        structure, leaves, state.token, state.done, state.step, Greedy(),
-        jax.eval_shape(lambda: row_keys(jnp.uint32(0), 1)), jax.ShapeDtypeStruct((8,), jnp.int32), cache=state.cache,
-    )  # fmt: skip
+    state, sampler, keys, stop, limit = decode_inputs(tiny)
+    lowered = api._step.lower(*api._split(tiny), limit, sampler, keys, stop, state=state, drafter=None)
     alias = lowered.compile().memory_analysis().alias_size_in_bytes
     cache_bytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert alias >= 0.99 * cache_bytes

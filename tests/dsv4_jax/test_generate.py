@@ -137,10 +137,8 @@ def test_works_inside_a_users_program(small):
     @jax.jit
     def rollout(model, tokens):
         keys, stop = row_keys(jnp.uint32(0), 3), jnp.full((8,), -2)
-        out, _, _ = generate_tokens(
-            model, tokens, jnp.full((3,), 23), jnp.int32(8), dsv4_jax.Greedy(), keys, stop, shapes
-        )
-        return out[:, :8]
+        out = generate_tokens(model, tokens, jnp.full((3,), 23), jnp.int32(8), dsv4_jax.Greedy(), keys, stop, shapes)
+        return out.tokens[:, :8]
 
     np.testing.assert_array_equal(rollout(small, tokens), greedy(small, PROMPT, 8).tokens)
 
@@ -158,7 +156,7 @@ BAD = {
     "stop id": (dict(tokens=[[5]], stop_ids=[999]), "stop_ids: id 999"),
     "sampler": (dict(tokens=[[5]], sampler="greedy"), "must be a Sampler"),
     "seeds": (dict(tokens=[[5]], seed=[1, 2]), "seed must be one integer or 1"),
-    "drafts": (dict(tokens=[[5]], drafts=2), "drafts=2"),
+    "drafts": (dict(tokens=[[5]], drafts=9), "drafts=9 must be an integer between 0 and 8"),
 }
 
 
