@@ -18,6 +18,7 @@ from rich.console import Console
 
 # Name -> (module, what it measures). A module has add_arguments(parser), run(args) -> dict and show(result, console).
 BENCHMARKS = {
+    "numerics": ("benchmarks.numerics", "what rounding activations and caches does to the golden models' logits"),
     "cpu": ("benchmarks.cpu_model", "prefill and decode on this CPU against transformers and the machine's floors"),
 }
 RESULTS = Path(__file__).parent / "results"

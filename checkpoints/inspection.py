@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from checkpoints.convert import abstract_model
 from checkpoints.names import Leaf, leaf_table
 from checkpoints.shards import DTYPES
 from checkpoints.source import OfficialSource, open_source, weight_files
+from dsv4_jax.cache import CacheFormat, cache_bytes
 from dsv4_jax.config import ModelConfig
 
 PARTS = {  # a path fragment -> the part of the model it belongs to; the first that matches counts
@@ -29,10 +32,19 @@ PARTS = {  # a path fragment -> the part of the model it belongs to; the first t
     "lm_head": "LM head",
 }
 
+CACHES = {
+    "fp8, index keys fp4": CacheFormat("fp8", "fp4"),
+    "fp8, index keys fp8": CacheFormat("fp8", "fp8"),
+    "bfloat16": CacheFormat(jnp.bfloat16),
+}
+
 
 @dataclass(frozen=True)
 class Inspection:
-    """Counts by official dtype and by part of the model; bytes are those of the tensors, not of the files."""
+    """Counts by official dtype and by part of the model; bytes are those of the tensors, not of the files.
+
+    cache: by format, the bytes of one sequence: a fixed part, and so many per token.
+    """
 
     path: str
     format: str
@@ -44,6 +56,7 @@ class Inspection:
     draft: str
     by_dtype: dict[str, dict[str, int]]
     by_part: dict[str, dict[str, int]]
+    cache: dict[str, dict[str, Any]]
     config: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,8 +91,14 @@ def inspect(path: str | Path) -> Inspection:
         draft=source.config.draft,
         by_dtype=by_dtype,
         by_part=by_part,
+        cache={name: _cache(source.config, form) for name, form in CACHES.items()},
         config=source.fields,
     )
+
+
+def _cache(config: ModelConfig, form: CacheFormat) -> dict[str, Any]:
+    sizes = cache_bytes(config, form)
+    return {"fixed": sizes.fixed, "per_token": sizes.per_token, "per_token_of_one_layer": sizes.per_token_of}
 
 
 def _add(counts: dict[str, dict[str, int]], key: str, **amounts: int) -> None:

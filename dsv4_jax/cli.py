@@ -125,11 +125,15 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_json()))
         return
+    parts = {k: [f"{v['parameters']:,}", _size(v["bytes"])] for k, v in found.by_part.items()}
+    dtypes = {k: [f"{v['tensors']:,}", _size(v["bytes"])] for k, v in found.by_dtype.items()}
+    caches = {k: [_size(v["fixed"]), f"{v['per_token']:,.2f} B"] for k, v in found.cache.items()}
     console = Console()
     console.print(f"[bold]{found.model}[/]\n{found.path} ({found.format}, {found.files} files, draft: {found.draft})")
     console.print(f"{found.parameters:,} parameters, {found.tensors:,} tensors, {_size(found.bytes)}\n")
-    console.print(_table("part", {k: [f"{v['parameters']:,}", _size(v["bytes"])] for k, v in found.by_part.items()}))
-    console.print(_table("dtype", {k: [f"{v['tensors']:,}", _size(v["bytes"])] for k, v in found.by_dtype.items()}))
+    console.print(_table("part", parts, "parameters", "size"))
+    console.print(_table("dtype", dtypes, "tensors", "size"))
+    console.print(_table("cache of one sequence", caches, "fixed", "per token"))
 
 
 @app.command()
@@ -177,6 +181,7 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     kernels: Annotated[str, typer.Option(help="Platform strategy.")] = "auto",
     numerics: Annotated[str, typer.Option(help="auto, official or exact.")] = "auto",
+    cache_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or fp8; default the dtype.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -195,7 +200,8 @@ def generate(
     tokenizer = checkpoints.load_tokenizer(path)
     if text is not None and tokenizer is None and path.is_dir():  # before the weights, which may take long
         raise ValueError(f"{path}: has no tokenizer.json; give the prompt as ids with --tokens FILE.npy")
-    model = _load(path, max_tokens=max_tokens, dtype=dtype, kernels=kernels, numerics=numerics)
+    options = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
+    model = _load(path, max_tokens=max_tokens, **options)
     lengths = None
     if ids is not None:
         ids, lengths = _strip_padding(ids, tokens)
@@ -221,12 +227,17 @@ def generate(
 def _load(path: Path, **options: Any) -> DeepseekV4:
     """checkpoints.load, its warnings as notes on stderr."""
     import checkpoints
+    from dsv4_jax.cache import cache_bytes
 
     with warnings.catch_warnings(record=True) as notes, _busy("loading"):
         warnings.simplefilter("always", UserWarning)
         model = checkpoints.load(path, **options)
     for note in notes:
         stderr.print(Text(f"note: {note.message}"))
+    cache = cache_bytes(model.config, model.cache_format)
+    whole = cache.fixed + cache.per_token * model.max_tokens
+    parts = f"{_size(cache.fixed)} + {cache.per_token:,.2f} B a token, {_size(whole)} for {model.max_tokens:,} tokens"
+    stderr.print(f"{model.numerics.name} numerics; cache of a sequence: {parts}", highlight=False)
     return model
 
 
@@ -380,8 +391,8 @@ def _report(fields: dict[str, Any], as_json: bool) -> None:
     print(json.dumps(fields) if as_json else "\n".join(f"{key}: {value}" for key, value in fields.items()))
 
 
-def _table(first: str, rows: dict[str, list[str]]) -> Table:
-    table = Table(first, *([("parameters" if first == "part" else "tensors")]), "size")
+def _table(first: str, rows: dict[str, list[str]], *columns: str) -> Table:
+    table = Table(first, *columns)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, cells in rows.items():
@@ -389,7 +400,7 @@ def _table(first: str, rows: dict[str, list[str]]) -> Table:
     return table
 
 
-def _size(nbytes: int) -> str:
+def _size(nbytes: float) -> str:
     value, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB"))
     unit = next(units)
     while value >= 1024 and unit != "TiB":

@@ -108,3 +108,10 @@ def test_a_shard_of_another_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"embed\.weight is BF16 \[192, 128\]; config\.json asks for .*\[200, "):
         checkpoints.inspect(tmp_path)
+
+
+def test_cache_sizes_are_those_of_the_config():
+    cache = checkpoints.inspect(GOLDEN / "tiny" / "fp8").cache
+    narrow, wide = cache["fp8, index keys fp4"], cache["bfloat16"]
+    assert 0 < narrow["per_token"] < wide["per_token"] and 0 < narrow["fixed"] < wide["fixed"]
+    assert sum(narrow["per_token_of_one_layer"].values()) < narrow["per_token"]  # tiny has two layers of each kind
