@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from checkpoints.names import leaf_path, leaf_table
+from checkpoints.errors import CheckpointError
+from checkpoints.names import Leaf, leaf_path, leaf_table
 from checkpoints.source import Source, open_source
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import DeepseekV4
@@ -67,11 +69,26 @@ def fill(model: DeepseekV4, source: Source, mesh: Mesh | None) -> DeepseekV4:
         path: jax.ShapeDtypeStruct(abstract[path].shape, abstract[path].dtype, sharding=sharding) for path in table
     }
     arrays = source.arrays(table, targets)
+    check_scales(arrays, table, source)
     model = jax.tree.unflatten(structure, [arrays.get(path, leaf) for path, leaf in abstract.items()])
     for table_module in (model.rope_main, model.rope_compress):
         assert isinstance(table_module, RopeTable)
         table_module.fill(sharding)
     return model
+
+
+def check_scales(arrays: Mapping[str, jax.Array], table: Mapping[str, Leaf], source: Source) -> None:
+    """Raise CheckpointError where a scale is no number: byte 255 of e8m0, or a float32 not finite or below 0."""
+    wrong = jax.jit(lambda x: (x == 255 if x.dtype == jnp.uint8 else ~((x >= 0) & jnp.isfinite(x))).any())
+    scales = {path for path in table if path.endswith(".scale") and path.removesuffix("scale") + "data" in table}
+    found = jax.device_get({path: wrong(arrays[path]) for path in scales})
+    for path in (path for path, is_wrong in found.items() if is_wrong):
+        scale = np.asarray(arrays[path])
+        bad = scale == 255 if scale.dtype == np.uint8 else ~((scale >= 0) & np.isfinite(scale))
+        name = next(piece.name for piece in table[path].pieces if bad[piece.index].any())
+        raise CheckpointError(
+            f"{source.path}: {name} holds a scale that is not a number ({scale[bad][0]}); download its shard again"
+        )
 
 
 def default_dtype(mesh: Mesh | None):

@@ -250,6 +250,28 @@ def test_expert_id_out_of_range(calm, wrong):
     assert [p.name for p in calm.parent.iterdir()] == ["calm"]
 
 
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize(
+    ("source", "name", "bad"),
+    [
+        (CALM, "layers.1.ffn.experts.2.w2.scale", b"\xff"),
+        (CALM, "layers.0.attn.wkv.scale", b"\xff"),
+        (CALM.with_name("fp8base"), "layers.1.attn.wq_a.scale", np.float32(np.nan).tobytes()),
+        (CALM.with_name("fp8base"), "layers.1.ffn.experts.3.w1.scale", np.float32(-1).tobytes()),
+    ],
+)
+def test_scale_that_is_no_number(tmp_path, source, name, bad, converted):
+    path = shutil.copytree(source, tmp_path / "damaged")
+    shards = read_shards(path)
+    file = shard_of(shards, name)
+    dtype, shape, data = shards[file][name]
+    shards[file][name] = (dtype, shape, data[: -len(bad)] + bad)
+    write_shards(path, shards)
+    path = checkpoints.convert(path, tmp_path / "converted") if converted else path
+    with pytest.raises(CheckpointError, match=rf"{name} holds a scale that is not a number"):
+        checkpoints.load(path, max_tokens=8)
+
+
 # --- config.json -----------------------------------------------------------------------------------------------------
 
 

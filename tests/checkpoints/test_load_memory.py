@@ -1,0 +1,41 @@
+"""What loading a quantised checkpoint takes: its own bytes, and little beside them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import checkpoints
+from checkpoints.synth import synth
+from dsv4_jax.presets import PRESETS
+
+CHILD = """
+import ctypes, sys, jax, checkpoints, dsv4_jax
+
+def resident(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+warm = checkpoints.load(checkpoints.bundled_path(), max_tokens=16)  # imports and small programs
+del warm
+before = resident("RssAnon")
+open("/proc/self/clear_refs", "w").write("5")  # start the high-water mark anew
+shared = resident("RssFile")
+model = checkpoints.load(sys.argv[1], max_tokens=16, dtype="bfloat16")  # the default of accelerators
+live = sum(x.nbytes for x in jax.tree.leaves(model))
+peak = resident("VmHWM") - before - resident("RssFile")
+print(live, peak)
+"""
+
+
+def test_weights_stay_packed_and_the_peak_is_little_more(tmp_path):
+    fields = PRESETS["tiny"] | {
+        "hidden_size": 512, "num_hidden_layers": 12, "compress_ratios": [0] + [4, 128] * 5 + [4, 0],
+        "n_routed_experts": 48, "moe_intermediate_size": 512,
+    }  # fmt: skip
+    path = synth(fields, tmp_path / "model")
+    stored = checkpoints.inspect(path).bytes
+    assert stored > 200e6
+    out = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True)
+    live, peak = map(int, out.stdout.split())
+    assert live <= 1.02 * stored
+    assert peak <= 1.15 * stored
