@@ -224,6 +224,45 @@ def generate(
         _stream_text(dsv4_jax.stream(model, ids, **request), tokenizer)
 
 
+@app.command()
+def chat(
+    path: Annotated[Path | None, typer.Argument(help="Checkpoint directory; default the bundled one.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    think: Annotated[bool, typer.Option("--think", help="Let the model reason before it answers.")] = False,
+    effort: Annotated[str | None, typer.Option(help="How hard it thinks: an effort of the release.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens per reply.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float | None, typer.Option(help="Keep the fewest tokens that reach this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed and same words, same replies.")] = 0,
+    drafts: Annotated[int, typer.Option(help="Speculative drafts per step.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(help="Length of the cache: of the conversation.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    kernels: Annotated[str, typer.Option(help="Platform strategy.")] = "auto",
+    numerics: Annotated[str, typer.Option(help="auto, official or exact.")] = "auto",
+    debug: Debug = False,
+) -> None:
+    """Talk with a model in the terminal, in the official chat format; /help lists the commands.
+
+    Examples: `dsv4 chat flash-orbax`, `dsv4 chat flash-orbax --think --effort high --drafts 1`
+    """
+    import checkpoints
+    from dsv4_jax.chat import ChatFormat
+    from dsv4_jax.chat.session import Session
+    from dsv4_jax.chat.terminal import converse
+
+    path = checkpoints.bundled_path() if path is None else path
+    tokenizer = checkpoints.load_tokenizer(path)
+    if tokenizer is None and path.is_dir():
+        raise ValueError(f"{path}: has no tokenizer.json; chat needs one")
+    sampler, chat_format = _sampler(temperature, top_k, top_p, None), ChatFormat.of_checkpoint(path)
+    model = _load(path, max_tokens=max_tokens, dtype=dtype, kernels=kernels, numerics=numerics)
+    assert tokenizer is not None
+    settings: dict[str, Any] = {"system": system, "thinking": think, "effort": effort, "drafts": drafts}
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "sampler": sampler}
+    converse(Session(model, tokenizer, chat_format, **settings, **limits))
+
+
 def _load(path: Path, **options: Any) -> DeepseekV4:
     """checkpoints.load, its warnings as notes on stderr."""
     import checkpoints

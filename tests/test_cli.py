@@ -29,7 +29,7 @@ def ok(*args: object) -> subprocess.CompletedProcess:
 
 def test_help_names_every_command():
     out = ok("--help").stdout
-    assert all(command in out for command in ("convert", "export", "inspect", "synth", "generate"))
+    assert all(command in out for command in ("convert", "export", "inspect", "synth", "generate", "chat"))
 
 
 def test_bundled_checkpoint_streams_what_it_gives_as_json():
@@ -77,3 +77,11 @@ def test_bad_input_is_told_in_a_line_or_two(name):
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
     if status == 1:
         assert len(done.stderr.strip().splitlines()) <= 2 and done.stdout == ""
+
+
+def test_chat_answers_and_leaves_at_the_end_of_input():
+    command = [sys.executable, "-m", "dsv4_jax.cli", "chat", "--max-new-tokens", "6", "--temperature", "0"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    done = subprocess.run(command, input="Hello\n/nonsense\n", capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "6 tokens" in done.stderr and "/nonsense: no such command" in done.stderr and done.stdout
