@@ -20,6 +20,7 @@ from rich.console import Console
 BENCHMARKS = {
     "numerics": ("benchmarks.numerics", "what rounding activations and caches does to the golden models' logits"),
     "cpu": ("benchmarks.cpu_model", "prefill and decode on this CPU against transformers and the machine's floors"),
+    "conversion": ("benchmarks.conversion", "dsv4 convert: memory, and throughput against cp -r of the same files"),
 }
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from checkpoints.convert import abstract_model
-from checkpoints.names import Leaf, leaf_table
+from checkpoints.names import Leaf, abstract_model, leaf_table
 from checkpoints.shards import DTYPES
 from checkpoints.source import OfficialSource, open_source, weight_files
 from dsv4_jax.cache import CacheFormat, cache_bytes

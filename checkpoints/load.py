@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from dsv4_jax.model import DeepseekV4
 from dsv4_jax.rope import RopeTable
 
 DEFAULT_MAX_TOKENS = 8192
+Partition = Callable[[str, tuple[int, ...]], PartitionSpec]
 
 
 def load(
     path: str | Path,
     *,
     mesh: Mesh | None = None,
+    partition: Partition | None = None,
     max_tokens: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     kernels: str = "auto",
@@ -37,6 +39,8 @@ def load(
     Args:
       path: a directory in the official format, or one that `convert` wrote.
       mesh: devices to place the weights on, replicated; default the first device alone.
+      partition: lays weights over the mesh instead: (leaf path, shape) -> PartitionSpec. Of a converted checkpoint a
+        process then reads no more than its devices hold, to within the size of a tile.
       max_tokens: longest sequence, prompt and continuation; default the smaller of the config's limit and 8,192.
       dtype: of activations and of weights stored unquantised; default bfloat16 on accelerators, float32 on CPU.
       kernels: platform strategy by name; "auto" chooses.
@@ -55,18 +59,25 @@ def load(
         warnings.warn(f"{path}: the DSpark drafter is not used; the model generates without drafts", stacklevel=2)
     options: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
     model = jax.eval_shape(lambda: DeepseekV4(source.config, max_tokens=limit, **options))
-    return fill(model, source, mesh)
+    return fill(model, source, mesh, partition)
 
 
-def fill(model: DeepseekV4, source: Source, mesh: Mesh | None) -> DeepseekV4:
+def fill(model: DeepseekV4, source: Source, mesh: Mesh | None, partition: Partition | None = None) -> DeepseekV4:
     """An abstract model with its parameters read from `source` and its RoPE tables computed, each once."""
+    if partition and mesh is None:
+        raise ValueError("partition needs a mesh to lay the weights over; give mesh=")
     table = leaf_table(model)
     source.check(table)
     sharding = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])
     keyed, structure = jax.tree_util.tree_flatten_with_path(model)
     abstract = {leaf_path(keys): leaf for keys, leaf in keyed}
     targets = {
-        path: jax.ShapeDtypeStruct(abstract[path].shape, abstract[path].dtype, sharding=sharding) for path in table
+        path: jax.ShapeDtypeStruct(
+            abstract[path].shape,
+            abstract[path].dtype,
+            sharding=NamedSharding(mesh, partition(path, abstract[path].shape)) if mesh and partition else sharding,
+        )
+        for path in table
     }
     arrays = source.arrays(table, targets)
     check_scales(arrays, table, source)

@@ -6,7 +6,8 @@ names stand here and nowhere else; everything else (shapes, which layers have wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from checkpoints.errors import CheckpointError
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.rope import Constant
 
@@ -97,7 +99,11 @@ STORED = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(np.uint8),
     "I8": np.dtype(np.uint8),
+    "U8": np.dtype(np.uint8),
 }
+CARRIED = "carried."  # before the names of tensors that are kept for export alone, as raw bytes
+# Largest block scale: codes reach 448 < 2^9, and float32 ends at 2^128.
+MOST_SCALE, MOST_SCALE_CODE = 2.0**119, 246
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,26 @@ class Leaf:
     @property
     def piece_shape(self) -> tuple[int, ...]:
         return self.shape[len(self.pieces[0].index) :]
+
+    @property
+    def is_block_scale(self) -> bool:
+        return self.official in ("F8_E8M0", "F32") and self.pieces[0].name.endswith(".scale")
+
+    @functools.cached_property
+    def names(self) -> dict[tuple[int, ...], str]:
+        """Index -> official name."""
+        return {piece.index: piece.name for piece in self.pieces}
+
+
+def carried_leaf(name: str, dtype: np.dtype, shape: Sequence[int]) -> Leaf:
+    """A tensor kept as the bytes it is made of, its last axis in bytes."""
+    *outer, last = shape or (1,)
+    return Leaf(CARRIED + name, (*outer, last * dtype.itemsize), "U8", (Piece(name, ()),))
+
+
+def abstract_model(config: ModelConfig) -> DeepseekV4:
+    """The model's shapes, in the formats a checkpoint stores; nothing is allocated."""
+    return jax.eval_shape(lambda: DeepseekV4(config, max_tokens=1, dtype=ml_dtypes.bfloat16))
 
 
 def leaf_path(keys) -> str:

@@ -10,9 +10,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -213,10 +214,11 @@ def make_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(file: Path, header: bytes, fetch: Callable[[str], np.ndarray]) -> None:
+def write_shard(file: Path, header: bytes, fetch: Callable[[str], np.ndarray | Iterator[np.ndarray]]) -> None:
     """Write a file with exactly this header, tensor by tensor; it appears under its name only when whole.
 
-    `fetch` may give the raw bytes (uint8) of a tensor; anything else must have the header's dtype and shape.
+    `fetch` may give the raw bytes (uint8) of a tensor, or its rows in several arrays; an array must have the header's
+    dtype and shape.
     """
     fields = json.loads(header[8:])
     fields.pop("__metadata__", None)
@@ -225,12 +227,22 @@ def write_shard(file: Path, header: bytes, fetch: Callable[[str], np.ndarray]) -
         with open(partial, "wb") as out:
             out.write(header)
             for name, entry in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
-                out.write(_raw(fetch(name), entry, f"{file}: tensor {name}"))
+                _write_tensor(out, fetch(name), entry, f"{file}: tensor {name}")
             out.flush()
             os.fsync(out.fileno())
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_tensor(out: BinaryIO, value: np.ndarray | Iterator[np.ndarray], entry, where: str) -> None:
+    if isinstance(value, np.ndarray):
+        out.write(_raw(value, entry, where))
+        return
+    size = entry["data_offsets"][1] - entry["data_offsets"][0]
+    written = sum(out.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data) for rows in value)
+    if written != size:
+        raise CheckpointError(f"{where} has {written} bytes, its header says {size}")
 
 
 def _raw(array: np.ndarray, entry, where: str) -> memoryview:

@@ -1,12 +1,14 @@
-"""Where weights come from: a directory in the official format or a converted one, behind the same four members."""
+"""Where weights come from: a directory in the official format or a converted one, behind the same members."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,21 @@ import jax
 import numpy as np
 
 from checkpoints.errors import CheckpointError
-from checkpoints.names import Leaf
-from checkpoints.shards import INDEX, ShardReader
+from checkpoints.hub import local_path
+from checkpoints.layout import Range, cut
+from checkpoints.memory import aligned_empty
+from checkpoints.names import MOST_SCALE, MOST_SCALE_CODE, STORED, Leaf, Piece, carried_leaf
+from checkpoints.shards import DTYPES, INDEX, ShardReader
 from dsv4_jax.config import ConfigError, ModelConfig, ScaleFormat, WeightFormat
 
 MANIFEST, WEIGHTS, ORIGINALS = "manifest.json", "weights", "originals"
-FORMAT = "dsv4-jax/1"
+FORMAT = "dsv4-jax/2"
+READERS = 8  # reads under way at a time
+AHEAD_BYTES = 1 << 30  # of leaves read before their turn to be placed, at most
+AHEAD_PART = 32  # and as a part of the whole
+CACHE_BYTES = 32 << 20  # of tile tables
+Index = tuple[int, ...]
+Place = tuple[tuple[int, int], ...]
 
 
 class Source(ABC):
@@ -38,13 +49,45 @@ class Source(ABC):
         """Name -> (dtype, shape) of tensors that are kept but not used: the drafter of a DSpark release."""
 
     @abstractmethod
+    def read(self, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
+        """A region of a leaf in its stored form; of a converted checkpoint, only the tiles it touches are read."""
+
     def arrays(self, table: Mapping[str, Leaf], targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """Every leaf as a device array of its target's dtype and sharding."""
+        """Every leaf as a device array of its target's dtype and sharding; what a device holds is read once."""
+        arrays: dict[str, jax.Array] = {}
+        ahead: deque[tuple[str, Future]] = deque()  # leaves being read while others are placed
+        sizes = {path: math.prod(leaf.shape) * leaf.stored.itemsize for path, leaf in table.items()}
+        limit, held = min(AHEAD_BYTES, sum(sizes.values()) // AHEAD_PART), 0
+        with ThreadPoolExecutor(READERS) as pool:
+
+            def place() -> int:
+                path, reading = ahead.popleft()
+                shards = reading.result()
+                arrays[path] = put(shards, targets[path])
+                return sum(shard.nbytes for shard in shards.values())
+
+            try:
+                for path, leaf in table.items():
+                    ahead.append((path, pool.submit(self._shards, leaf, targets[path])))
+                    held += sizes[path]
+                    while len(ahead) > 1 and held > limit:
+                        held -= place()
+                while ahead:
+                    place()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return arrays
+
+    def _shards(self, leaf: Leaf, target: jax.ShapeDtypeStruct) -> dict[Place, np.ndarray]:
+        """What this process's devices hold of a leaf: each distinct region once."""
+        indices = target.sharding.addressable_devices_indices_map(leaf.shape).values()
+        distinct = {_place(index, leaf.shape): index for index in indices}
+        return {place: self.read(leaf, index) for place, index in distinct.items()}
 
 
 def open_source(path: str | Path) -> Source:
-    """The checkpoint at `path`, official or converted."""
-    path = Path(path)
+    """The checkpoint at `path`, official or converted; a hub id is downloaded first."""
+    path = local_path(path)
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: no such directory; give a checkpoint directory (config.json beside its weights)"
@@ -125,29 +168,67 @@ class OfficialSource(Source):
                     f"config.json asks for {leaf.official} {list(shape)}"
                 )
 
-    def stored(self, leaf: Leaf) -> np.ndarray:
-        """A leaf put together in its stored form (host memory)."""
-        if len(leaf.pieces) == 1 and not leaf.pieces[0].index:
-            return self._piece(leaf, leaf.pieces[0].name)
-        out = np.empty(leaf.shape, leaf.stored)
-        for piece in leaf.pieces:
-            out[piece.index] = self._piece(leaf, piece.name)
+    def band(self, leaf: Leaf, outer: Index, rows: Range, columns: Range) -> np.ndarray:
+        """Rows of one matrix of a leaf in their stored form, [rows, columns]; see `Layout.bands`. A view if it can be.
+
+        Raises:
+          CheckpointError: a block scale or an expert id is out of range.
+        """
+        stacked = len(leaf.pieces[0].index)
+        name = leaf.names[outer[:stacked]]
+        matrix = self._piece(leaf, name)[outer[stacked:]]
+        band = matrix.reshape((1, 1, *matrix.shape)[-2:])[slice(*rows), slice(*columns)]
+        if leaf.is_block_scale:
+            check_scales(band, self._where(name))
+        return self._narrowed(band, leaf, name)
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
+        stacked = len(leaf.pieces[0].index)
+        numbers = [range(*span.indices(size)) for span, size in zip(index[:stacked], leaf.shape, strict=False)]
+        inner = [len(range(*span.indices(size))) for span, size in zip(index[stacked:], leaf.piece_shape, strict=True)]
+        out = aligned_empty((*map(len, numbers), *inner), leaf.stored)
+        for place in np.ndindex(*out.shape[:stacked]):
+            name = leaf.names[tuple(span[n] for span, n in zip(numbers, place, strict=True))]
+            out[place] = self._narrowed(self._piece(leaf, name)[index[stacked:]], leaf, name)
         return out
 
     def _piece(self, leaf: Leaf, name: str) -> np.ndarray:
+        """A tensor's bytes as the leaf stores them, but for expert ids, which are still int64."""
         raw = self.reader.read(name)
-        if leaf.official != "I64":
-            return raw.view(leaf.stored)
-        low, high = int(raw.min()), int(raw.max())
-        if low < 0 or high >= self.config.n_routed_experts:
-            raise CheckpointError(
-                f"{self.reader.tensors[name].file.name}: {name} holds expert ids {low} .. {high}; "
-                f"config.json has {self.config.n_routed_experts} experts"
-            )
-        return raw.astype(leaf.stored)
+        if leaf.official == "U8":
+            return raw.reshape(-1).view(np.uint8).reshape(leaf.shape)
+        return raw if leaf.official == "I64" else raw.view(leaf.stored)
 
-    def arrays(self, table, targets):
-        return {path: put(self.stored(leaf), targets[path]) for path, leaf in table.items()}
+    def _narrowed(self, array: np.ndarray, leaf: Leaf, name: str) -> np.ndarray:
+        experts = self.config.n_routed_experts
+        return _expert_ids(array, experts, self._where(name)) if leaf.official == "I64" else array
+
+    def _where(self, name: str) -> str:
+        return f"{self.reader.tensors[name].file.name}: {name}"
+
+
+def _expert_ids(raw: np.ndarray, experts: int, where: str) -> np.ndarray:
+    """Narrowed to int32, if they are experts of the config."""
+    low, high = (int(raw.min()), int(raw.max())) if raw.size else (0, 0)
+    if low < 0 or high >= experts:
+        raise CheckpointError(f"{where} holds expert ids {low} .. {high}; config.json has {experts} experts")
+    return raw.astype(STORED["I64"])
+
+
+def check_scales(scales: np.ndarray, where: str) -> None:
+    """Refuse block scales (E8M0 bytes or float32) that are not finite, negative, or too large for float32 weights."""
+    if scales.dtype == np.uint8:
+        bad = scales > MOST_SCALE_CODE
+    else:
+        bad = ~((scales >= 0) & (scales <= MOST_SCALE))
+    if bad.any():
+        place = tuple(int(n) for n in np.argwhere(bad)[0])
+        value = scales[place]
+        shown = f"byte {value}" if scales.dtype == np.uint8 else f"{value}"
+        raise CheckpointError(
+            f"{where} has a block scale out of range ({shown} at {list(place)}, {int(bad.sum())} in all); "
+            "the file is damaged, download it again"
+        )
 
 
 class ConvertedSource(Source):
@@ -155,6 +236,10 @@ class ConvertedSource(Source):
 
     def __init__(self, path: Path):
         self.path = path
+        self._context: Any = None
+        self._stores: dict[str, Any] = {}
+        if unfinished(path):
+            raise CheckpointError(f"{path}: an unfinished conversion; run the same `dsv4 convert` again to finish it")
         try:
             self.manifest = dict(json.loads((path / MANIFEST).read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -191,22 +276,60 @@ class ConvertedSource(Source):
     def carried(self) -> dict[str, tuple[str, list[int]]]:
         return {name: (dtype, shape) for name, (dtype, shape) in self.manifest["carried"].items()}
 
-    def arrays(self, table, targets):
-        return self.restore({path: targets[path] for path in table})
-
-    def restore(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        """Read the named leaves; only the bytes that the targets' shardings need are read."""
-        checkpointer, args = orbax()
+    def read(self, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
         try:
-            # Orbax pairs what it restores with the whole stored tree, so leaves not asked for are left out by it.
-            return checkpointer.restore(
-                self.path.resolve() / WEIGHTS,
-                args=args.PyTreeRestore(item=dict(targets), restore_args=restore_args(targets), partial_restore=True),
-            )
-        except (OSError, ValueError, KeyError) as error:
+            return self._store(leaf.path)[index].read().result()
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path / WEIGHTS}: cannot be read ({error}); run `dsv4 convert` again"
+                f"{self.path / WEIGHTS / leaf.path}: cannot be read ({error}); run `dsv4 convert` again"
             ) from error
+
+    def form(self, path: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """dtype and shape of a stored array, by its own account."""
+        try:
+            store = self._store(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / WEIGHTS / path}: cannot be read ({error})") from error
+        return store.dtype.numpy_dtype, tuple(store.shape)
+
+    def _store(self, path: str):
+        """The array of a leaf, opened once."""
+        if path not in self._stores:
+            import tensorstore as ts  # late, for it takes a while
+
+            if self._context is None:
+                limits = {"file_io_concurrency": {"limit": READERS}, "cache_pool": {"total_bytes_limit": CACHE_BYTES}}
+                self._context = ts.Context(limits)
+            store = {"driver": "file", "path": str((self.path / WEIGHTS / path).resolve())}
+            spec = {"driver": "zarr3", "kvstore": store}
+            self._stores[path] = ts.open(spec, open=True, read=True, context=self._context).result()
+        return self._stores[path]
+
+
+def stored_leaves(source: Source, table: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Every array of a converted checkpoint: the model's leaves, and tensors kept as bytes."""
+    carried = [carried_leaf(name, DTYPES[dtype], shape) for name, (dtype, shape) in source.carried().items()]
+    return {**table, **{leaf.path: leaf for leaf in carried}}
+
+
+def regions(leaf: Leaf, piece: Piece, limit: int) -> Iterator[tuple[slice, ...]]:
+    """A piece as regions of its leaf, whole rows of tiles of about `limit` bytes at most, in order."""
+    stacked = tuple(slice(n, n + 1) for n in piece.index)
+    shape = leaf.piece_shape
+    if not shape:
+        yield stacked
+        return
+    tile_rows = cut(leaf.shape, leaf.stored).tile[len(stacked)]
+    row_bytes = math.prod(shape[1:]) * leaf.stored.itemsize
+    step = max(limit // (row_bytes * tile_rows), 1) * tile_rows
+    rest = tuple(slice(0, size) for size in shape[1:])
+    for begin in range(0, shape[0], step):
+        yield (*stacked, slice(begin, min(begin + step, shape[0])), *rest)
+
+
+def unfinished(path: Path) -> bool:
+    """Whether a directory bears the name of one that `convert` is still writing."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def weight_files(path: Path) -> dict[str, int]:
@@ -221,36 +344,24 @@ def _check_weight_files(path: Path, manifest: Mapping[str, Any]) -> None:
     if absent:
         raise CheckpointError(f"{path / MANIFEST}: has no {', '.join(absent)}; run `dsv4 convert` again")
     found = weight_files(path)
-    for name, size in manifest["files"].items():
-        if found.get(name) != size:
+    for name, facts in manifest["files"].items():
+        size = facts["bytes"]
+        if name.startswith(f"{WEIGHTS}/") and found.get(name) != size:
             state = "missing" if name not in found else f"{found[name]} bytes, not the {size} it was written with"
             raise CheckpointError(f"{path / name}: {state}; copy the directory whole or run `dsv4 convert` again")
 
 
-def orbax():
-    """(checkpointer, args module); imported late, for it takes a second."""
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()), ocp.args
-
-
-def restore_args(targets: Mapping[str, jax.ShapeDtypeStruct]):
-    """Per leaf: the dtype to cast to and the sharding to read for (none = a numpy array)."""
-    import orbax.checkpoint as ocp
-
-    def one(target: jax.ShapeDtypeStruct):
-        if target.sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target.dtype)
-        return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=target.sharding, dtype=target.dtype)
-
-    return {path: one(target) for path, target in targets.items()}
+def put(shards: Mapping[Place, np.ndarray], target: jax.ShapeDtypeStruct) -> jax.Array:
+    """Host arrays by region on the target's devices, in its dtype; the cast happens there."""
+    places = target.sharding.addressable_devices_indices_map(target.shape)
+    placed = [jax.device_put(shards[_place(index, target.shape)], device) for device, index in places.items()]
+    placed = [shard if shard.dtype == target.dtype else shard.astype(target.dtype) for shard in placed]
+    return jax.make_array_from_single_device_arrays(target.shape, target.sharding, placed)
 
 
-def put(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """A host array on the target's device(s), in its dtype; the cast happens there."""
-    placed = jax.device_put(array, target.sharding)
-    return placed if placed.dtype == target.dtype else placed.astype(target.dtype)
+def _place(index: tuple[slice, ...], shape: tuple[int, ...]) -> Place:
+    """A region as (start, stop) per axis, by which two devices' regions compare."""
+    return tuple(span.indices(size)[:2] for span, size in zip(index, shape, strict=True))
 
 
 def _some(what: str, names: list[str]) -> str:

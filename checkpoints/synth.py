@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from checkpoints.convert import abstract_model, new_directory
-from checkpoints.names import Leaf, leaf_table
+from checkpoints.directories import new_directory
+from checkpoints.names import Leaf, abstract_model, leaf_table
 from checkpoints.shards import write_checkpoint
 from dsv4_jax.config import ALIASES, ModelConfig
 

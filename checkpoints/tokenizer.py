@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoints.errors import CheckpointError
+from checkpoints.hub import local_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -15,7 +16,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     """The directory's tokenizer.json, or None where there is none. Raises CheckpointError if it cannot be read."""
     from tokenizers import Tokenizer
 
-    file = Path(path) / "tokenizer.json"
+    file = local_path(path) / "tokenizer.json"
     if not file.exists():
         return None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import warnings
@@ -13,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
+    import checkpoints
     from dsv4_jax import DeepseekV4, Generation, Sampler, StreamEvent
 
 app = typer.Typer(
@@ -73,21 +83,82 @@ def _explain(error: Exception) -> int:
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="Directory in the official format.")],
+    src: Annotated[Path, typer.Argument(help="Directory in the official format, or a hub id.")],
     dst: Annotated[Path, typer.Argument(help="Directory to write.")],
+    max_memory: Annotated[str, typer.Option(help="Most memory to hold besides the page cache.")] = "2GiB",
+    workers: Annotated[int | None, typer.Option(help="Files written at a time; default by cores.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Convert an official checkpoint to Orbax, in its own number formats.
 
-    Example: `dsv4 convert DeepSeek-V4-Flash flash-orbax`
+    Interrupted, whatever the cause, the same command finishes the work. Ends with what it held at most.
+
+    Examples: `dsv4 convert DeepSeek-V4-Flash flash-orbax`,
+    `dsv4 convert DeepSeek-V4-Flash flash-orbax --dry-run`,
+    `dsv4 convert deepseek-ai/DeepSeek-V4-Flash flash-orbax --max-memory 1GiB --workers 4`
     """
     import checkpoints
 
-    with _progress("converting", TransferSpeedColumn()) as update:
-        checkpoints.convert(src, dst, force=force, progress=update)
-    _report({"converted": str(src), "written": str(dst)}, as_json)
+    limit = _bytes(max_memory, "--max-memory")
+    if dry_run:
+        _show_plan(checkpoints.plan(src, dst), as_json)
+        return
+    with _progress("converting", *_bytes_columns()) as update:
+        memory = _PeakMemory(update)
+        checkpoints.convert(src, dst, max_memory=limit, workers=workers, force=force, progress=memory)
+    _report({"converted": str(src), "written": str(dst), "peak_memory_bytes": memory.peak}, as_json)
+
+
+def _show_plan(plan: checkpoints.Plan, as_json: bool) -> None:
+    """What a conversion would write, layers alike in one line; an error where the disk is too small."""
+    found = plan.to_json()
+    if as_json:
+        print(json.dumps(found))
+    else:
+        rows: dict[str, list[Any]] = {}
+        for path, leaf in found["leaves"].items():
+            name = re.sub(r"\.\d+\.", ".*.", path)
+            shape, splits = (" x ".join(map(str, leaf[key])) for key in ("shape", "splits"))
+            row = rows.setdefault(f"{name} {leaf['dtype']} [{shape}]", [0, 0, 0, splits])
+            row[:3] = [n + m for n, m in zip(row, (1, leaf["files"], leaf["bytes"]), strict=False)]
+        cells = {k: [f"{n:,}", f"{files:,}", _size(size), splits] for k, (n, files, size, splits) in rows.items()}
+        console = Console()
+        console.print(_table("array", cells, "arrays", "files", "bytes", "may be sharded"))
+        console.print(f"{len(found['leaves']):,} arrays, {found['files']:,} files, {_size(found['bytes'])}")
+        console.print(f"disk: {_size(found['disk_bytes'])} to be written, {_size(found['disk_free'])} free")
+    if not found["fits"]:
+        raise ValueError(
+            f"{plan.dst}: needs {_size(found['disk_bytes'])} of disk, {_size(found['disk_free'])} are free"
+        )
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="Checkpoint directory, converted or official.")],
+    against: Annotated[Path | None, typer.Option(help="Compare every tensor's bits with this checkpoint's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Arrays checked at a time; default by cores.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a checkpoint whole: digests, shapes, dtypes, scales in range, nothing missing, nothing unknown.
+
+    Examples: `dsv4 verify flash-orbax`, `dsv4 verify flash-orbax --against DeepSeek-V4-Flash`
+    """
+    import checkpoints
+
+    try:
+        with _progress("verifying", *_bytes_columns()) as update:
+            found = checkpoints.verify(path, against, workers=workers, progress=update)
+    except checkpoints.VerificationError as error:
+        if as_json:
+            print(json.dumps({"ok": False, "path": str(path), "problems": error.problems}))
+        else:
+            print("\n".join(error.problems))
+        raise
+    _report({"ok": True} | found.to_json(), as_json)
 
 
 @app.command()
@@ -104,8 +175,8 @@ def export(
     """
     import checkpoints
 
-    with _busy("exporting"):
-        checkpoints.export(src, dst, force=force)
+    with _progress("exporting", *_bytes_columns()) as update:
+        checkpoints.export(src, dst, force=force, progress=update)
     _report({"exported": str(src), "written": str(dst)}, as_json)
 
 
@@ -197,15 +268,15 @@ def generate(
     path = checkpoints.bundled_path() if path is None else path
     sampler = _sampler(temperature, top_k, top_p, min_p)
     text, ids = _read_prompt(prompt, prompt_file, tokens)
+    lengths = None
+    if ids is not None:
+        ids, lengths = _strip_padding(ids, tokens)
     tokenizer = checkpoints.load_tokenizer(path)
     if text is not None and tokenizer is None and path.is_dir():  # before the weights, which may take long
         raise ValueError(f"{path}: has no tokenizer.json; give the prompt as ids with --tokens FILE.npy")
     options = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
     model = _load(path, max_tokens=max_tokens, **options)
-    lengths = None
-    if ids is not None:
-        ids, lengths = _strip_padding(ids, tokens)
-    else:
+    if ids is None:
         assert text is not None and tokenizer is not None
         ids = _encode(text, tokenizer, model)
         eos = model.config.eos_token_id
@@ -418,12 +489,38 @@ def _busy(what: str):
 
 
 @contextmanager
-def _progress(title: str, amount: TextColumn | TransferSpeedColumn) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; gives a function of (done, total)."""
-    columns = (TextColumn(title), BarColumn(), amount, TimeRemainingColumn())
+def _progress(title: str, *amounts: ProgressColumn) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; gives a function of (done, total) and what else its columns show."""
+    columns = (TextColumn(title), BarColumn(), *amounts, TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task("", total=None, memory="")
+        yield lambda done, total, **fields: progress.update(task, completed=done, total=total, **fields)
+
+
+def _bytes_columns() -> tuple[ProgressColumn, ...]:
+    return DownloadColumn(binary_units=True), TransferSpeedColumn(), TextColumn("{task.fields[memory]}")
+
+
+class _PeakMemory:
+    """A progress function that also shows the most anonymous memory seen so far."""
+
+    def __init__(self, update: Callable[..., None]):
+        self.update, self.peak = update, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        from checkpoints.memory import anonymous_bytes
+
+        self.peak = max(self.peak, anonymous_bytes())
+        self.update(done, total, memory=f"peak {_size(self.peak)}")
+
+
+def _bytes(text: str, option: str) -> int:
+    """ "512MiB", "2G", "1.5GB" or a plain number, in bytes; K, M, G, T are powers of 1024, KB, MB, GB, TB of 1000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise ValueError(f"{option} {text}: not a size; write 2GiB, 512MiB or a number of bytes")
+    base = 1000 if (found[3] or "").upper() == "B" else 1024
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def _report(fields: dict[str, Any], as_json: bool) -> None:

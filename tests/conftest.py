@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 
+import jax
 import pytest
 from golden_cases import GOLDEN, load_model
 
@@ -26,3 +28,16 @@ def tiny() -> DeepseekV4:
 def small() -> DeepseekV4:
     """One layer of each kind, fp8 and fp4 weights, a vocabulary of 192; float32. The quickest to compile."""
     return load_model(GOLDEN / "calm" / "fp8")
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000  # Linux allows a process 65,530
+
+
+@pytest.fixture(autouse=True)
+def drop_machine_code():
+    """Every compiled program holds memory maps; a process that runs out of them dies inside the compiler."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv4_jax.generate.sampling import Greedy, Sample, row_keys, step_keys
+from dsv4_jax.generate.sampling import Greedy, Sample, row_keys, token_keys
 
 LOGITS = jnp.log(jnp.asarray([[0.4, 0.05, 0.3, 0.15, 0.1]]))
 
@@ -50,7 +50,7 @@ def test_greedy_takes_the_lower_id_of_a_tie():
 
 def test_keys_differ_by_row_and_step():
     keys = row_keys(jnp.uint32(0), 4)
-    draws = [jax.vmap(jax.random.uniform)(step_keys(keys, jnp.int32(s))).tolist() for s in range(3)]
+    draws = [jax.vmap(jax.random.uniform)(token_keys(keys, jnp.full(4, s))).tolist() for s in range(3)]
     assert len(set(sum(draws, []))) == 12
     alone = row_keys(jnp.asarray([0], jnp.uint32), 1)
     assert jax.random.key_data(alone)[0].tolist() == jax.random.key_data(keys)[0].tolist()

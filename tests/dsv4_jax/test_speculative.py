@@ -24,15 +24,6 @@ from dsv4_jax.generate.speculative import Drafter, MtpDrafter
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.random_weights import random_weights
 
-
-@pytest.fixture(autouse=True, scope="module")
-def no_compilation_cache():
-    """jaxlib can crash while it serialises these programs for the persistent cache (0.10.2 and 0.11.2, CPU)."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
 TINY, CALM = GOLDEN / "tiny" / "fp8", GOLDEN / "calm" / "fp8"
 
 
