@@ -182,7 +182,7 @@ def convert(
 
     Args:
       max_memory: most bytes this process may hold besides the page cache, what it holds already included.
-      workers: files written at a time; default the number of cores, at least 2 and at most 8.
+      workers: files written at a time; default two a core, at least 4 and at most 16.
       force: replace `dst` if it exists; it stays until its successor is whole.
       progress: called with (bytes of the source done, bytes in all), from any thread, one call at a time.
     Raises:
@@ -255,7 +255,7 @@ def _share_memory(planned: Plan, max_memory: int, workers: int | None) -> tuple[
     """(workers, bytes of a band) that keep this process below `max_memory`."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    count = workers or min(max(os.cpu_count() or 1, 2), 8)
+    count = workers or min(2 * max(os.cpu_count() or 1, 2), 16)  # while some wait for the disk, others compute
     least = max(_least_band(layout) for layout in planned.layouts.values())
     held = anonymous_bytes()
     share = (max_memory - held) // 3  # a band in the buffer, what checks and casts make of it, and reserve
