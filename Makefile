@@ -4,17 +4,20 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+AOT := .venv-aot
+AOT_TESTS = $(shell grep -rl "mark.aot" tests --include="*.py")
 
 .PHONY: demo test oracle bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dsv4 generate --prompt "The first minute" --max-new-tokens 64
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(AOT)/.aot
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not oracle"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not oracle and not aot"
+	JAX_PLATFORMS=cpu $(AOT)/bin/pytest -q -n 2 --dist worksteal -m aot $(AOT_TESTS)
 
 oracle: $(VENV)/.test $(VENV)/.oracle
 	$(BIN)/pytest -q -m oracle tests/oracle
@@ -37,5 +40,12 @@ $(VENV)/.test $(VENV)/.oracle: $(VENV)/.%: $(VENV)/.python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[$*]"
 	touch $@
 
+# The compilers for TPU and GPU would be taken for devices by everything else, so they live apart.
+$(AOT)/.aot: $(VENV)/.python pyproject.toml
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python -m pip install --quiet --upgrade pip
+	$(AOT)/bin/python -m pip install --quiet -e ".[aot]"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(AOT)

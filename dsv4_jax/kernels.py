@@ -1,4 +1,4 @@
-"""Platform strategies: what the attention maths asks of a platform, chosen once when the model is built.
+"""Platform strategies: what the maths of attention and experts asks of a platform, chosen once when the model is built.
 
 A strategy is frozen and hashable, so it travels with a module's structure, not with its arrays.
 """
@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
+from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
+from pallas_kernels.chips import Chip, chip, chip_of, require
+from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
+from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
+from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
 from pallas_kernels.index_topk import pick_entries_xla
+from pallas_kernels.index_topk.tpu import index_topk_tpu
+from pallas_kernels.index_topk.tuning import DECODE_TOKENS
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
+from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
+
+MASK_LIMIT = 16  # entries per pick up to which a TPU reads all of them under a mask; beyond, picked rows are gathered
 
 
 class AttentionKernels(abc.ABC):
@@ -56,8 +68,20 @@ class AttentionKernels(abc.ABC):
         """See `pallas_kernels.index_topk.reference.pick_entries`; keys may be held in 8 or 4 bits."""
 
 
+class ExpertKernels(abc.ABC):
+    """What a platform must supply for the routed experts."""
+
+    @abc.abstractmethod
+    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
+        """See `experts.expert_mlp`."""
+
+
+class Kernels(AttentionKernels, ExpertKernels):
+    """A whole platform."""
+
+
 @dataclass(frozen=True)
-class XlaKernels(AttentionKernels):
+class XlaKernels(Kernels):
     """Portable: whatever XLA compiles for, it runs on."""
 
     name = "xla"
@@ -81,6 +105,9 @@ class XlaKernels(AttentionKernels):
         keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys
         return pick_entries_xla(q, weights, keys, visible, top_k=top_k)
 
+    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
+        return expert_mlp(x, index, weights, gate_up, down, limit, numerics)
+
 
 def grouped_output(o: jax.Array, rotation: Rotation, o_a: Weight, groups: int) -> jax.Array:
     """Rotate o [B, T, H, D] back and project each group of heads with its rows of o_a: -> [B, T, G * rank]."""
@@ -93,13 +120,91 @@ def grouped_output(o: jax.Array, rotation: Rotation, o_a: Weight, groups: int) -
     return jnp.moveaxis(parts.astype(o.dtype), 0, 1).reshape(B, T, -1)
 
 
-STRATEGIES: dict[str, AttentionKernels] = {"xla": XlaKernels()}
+@dataclass(frozen=True)
+class TpuKernels(XlaKernels):
+    """Mosaic kernels for TPU. Products with unquantised weights are XLA's, which has the matrix unit to itself there.
+
+    chip: what to compile for. interpret: run the kernels on CPU, for tests; `True` is the quick interpreter.
+    """
+
+    chip: Chip
+    interpret: bool | pltpu.InterpretParams = False
+
+    name = "tpu"
+    reads_packed = True
+
+    def __post_init__(self):
+        require(self.chip, "kernels='tpu'", platform="tpu")
+
+    @property
+    def _options(self):
+        return {"chip": self.chip, "interpret": self.interpret}
+
+    def project(self, x: jax.Array, w: Weight) -> jax.Array:
+        if is_fp8(w):
+            return fp8_matmul_tpu(x, w.data, w.scale, **self._options)
+        return linear(x, w)
+
+    def output_projection(
+        self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
+    ) -> jax.Array:
+        if is_fp8(o_a):
+            o = grouped_output_projection_tpu(
+                o, rotation.cos, rotation.sin, o_a.data, o_a.scale, groups=groups, **self._options
+            )
+        else:
+            o = grouped_output(o, rotation, o_a, groups)
+        return self.project(numerics.activations(o, o_b), o_b)
+
+    def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
+        return sparse_mla_tpu(q, positions, window, entries, picks, sinks, scale=scale, **self._options)
+
+    def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
+        keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys.astype(q.dtype)
+        as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
+        return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
+
+    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
+        if not (is_packed(gate_up) and is_packed(down)):
+            return expert_mlp(x, index, weights, gate_up, down, limit, numerics)
+
+        def product(rows, expert, used, w):
+            return expert_matmul_tpu(rows, expert, used, w.data, w.scale, packed=w.packed, **self._options)
+
+        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product)
 
 
-def resolve_kernels(name: str = "auto") -> AttentionKernels:
-    """The strategy called `name`; "auto" takes the portable one, which runs everywhere."""
-    if name == "auto":
-        return STRATEGIES["xla"]
-    if name not in STRATEGIES:
-        raise ValueError(f"kernels={name!r} is not available; choose 'auto' or one of {sorted(STRATEGIES)}")
-    return STRATEGIES[name]
+def is_packed(w: Weight) -> TypeGuard[QuantizedArray]:
+    """Whether a weight is held as codes and scales."""
+    return isinstance(w, QuantizedArray) and w.scale is not None
+
+
+def is_fp8(w: Weight) -> TypeGuard[QuantizedArray]:
+    """Whether a weight is held as FP8 codes with a scale per 128 x 128."""
+    return is_packed(w) and not w.packed and w.block == (FP8_BLOCK, FP8_BLOCK)
+
+
+NAMES = ("auto", "xla", "tpu", "tpu-interpret")
+
+
+def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Kernels:
+    """The strategy called `name` for `device` (default: the first). "auto" is "tpu" on a TPU, "xla" elsewhere.
+
+    Raises:
+      ValueError: the name is not known, or the strategy cannot run on the device; the message says which can. To
+        compile for another device than those present, build the strategy yourself: `TpuKernels(chip("v6e"))`.
+    """
+    if name not in NAMES:
+        raise ValueError(f"kernels={name!r} is not known; choose one of {', '.join(map(repr, NAMES))}")
+    if name == "xla":
+        return XlaKernels()
+    if name == "tpu-interpret":
+        return TpuKernels(chip("v6e"), interpret=True)
+    device = jax.local_devices()[0] if device is None else device
+    if device.platform == "tpu":
+        return TpuKernels(chip_of(device))
+    if name == "tpu":
+        raise ValueError(
+            f"kernels='tpu' cannot run on {device.device_kind!r}; choose 'auto' or 'xla', or 'tpu-interpret' for tests"
+        )
+    return XlaKernels()

@@ -9,7 +9,7 @@ from dsv4_jax.attention import ATTENTION
 from dsv4_jax.cache import LayerCache, Step
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.hyper_connection import HyperConnection
-from dsv4_jax.kernels import AttentionKernels
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.linear import RMSNorm
 from dsv4_jax.moe import SparseMoe
 from dsv4_jax.numerics import Numerics
@@ -24,7 +24,7 @@ class DecoderLayer(nnx.Module):
         self,
         config: ModelConfig,
         spec: LayerSpec,
-        kernels: AttentionKernels,
+        kernels: Kernels,
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,
@@ -34,7 +34,7 @@ class DecoderLayer(nnx.Module):
         self.self_attn = ATTENTION[spec.kind](config, spec, kernels, numerics, dtype, schedule)
         self.ffn_hc = HyperConnection(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseMoe(config, spec, numerics, dtype, schedule)
+        self.mlp = SparseMoe(config, spec, kernels, numerics, dtype, schedule)
 
     def __call__(
         self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step

@@ -9,7 +9,7 @@ from flax import nnx
 from dsv4_jax.cache import Cache, CacheFormat, LayerCache, Step, init_cache, init_layer_cache
 from dsv4_jax.config import SLIDING, ModelConfig
 from dsv4_jax.hyper_connection import HyperHead
-from dsv4_jax.kernels import AttentionKernels, resolve_kernels
+from dsv4_jax.kernels import Kernels, resolve_kernels
 from dsv4_jax.layer import DecoderLayer, run_layer
 from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.mtp import MtpLayer
@@ -38,7 +38,7 @@ class DeepseekV4(nnx.Module):
         *,
         max_tokens: int,
         dtype: jax.typing.DTypeLike = jnp.bfloat16,
-        kernels: str | AttentionKernels = "auto",
+        kernels: str | Kernels = "auto",
         numerics: str | Numerics = "auto",
         cache_dtype: jax.typing.DTypeLike | None = None,
         schedule: AsyncSchedule | None = None,

@@ -8,7 +8,7 @@ from flax import nnx
 from dsv4_jax.cache import LayerCache, Step
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.hyper_connection import HyperHead
-from dsv4_jax.kernels import AttentionKernels
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.layer import DecoderLayer, run_layer
 from dsv4_jax.linear import RMSNorm, weight
 from dsv4_jax.numerics import Numerics
@@ -23,7 +23,7 @@ class MtpLayer(nnx.Module):
         self,
         config: ModelConfig,
         spec: LayerSpec,
-        kernels: AttentionKernels,
+        kernels: Kernels,
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_rows import Rows, dequantize_rows
+from pallas_kernels.mask_bits import MaskBits, unpack_mask
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("rows", "positions"), meta_fields=("size", "is_band"))
@@ -57,7 +58,12 @@ class Mask:
     mask: jax.Array
 
 
-Picks = FirstN | Indices | Mask
+Picks = FirstN | Indices | Mask | MaskBits
+
+
+def as_mask(picks: Mask | MaskBits) -> jax.Array:
+    """bool [B, T, N]."""
+    return unpack_mask(picks) if isinstance(picks, MaskBits) else picks.mask
 
 
 def check_shapes(q, positions, window: Window, entries, picks: Picks | None, sinks) -> None:
@@ -70,6 +76,8 @@ def check_shapes(q, positions, window: Window, entries, picks: Picks | None, sin
         )
     if (entries is None) != (picks is None) or (entries is not None and entries.shape[::2] != (B, D)):
         raise ValueError(f"sparse_mla: q {q.shape} does not fit entries {getattr(entries, 'shape', None)} and {picks}")
+    if isinstance(picks, MaskBits) and picks.size != entries.shape[1]:
+        raise ValueError(f"sparse_mla: a mask of {picks.size} bits does not fit entries {entries.shape}")
 
 
 def picked_entries(entries: Rows, picks: Picks) -> tuple[jax.Array, jax.Array]:
@@ -80,7 +88,7 @@ def picked_entries(entries: Rows, picks: Picks) -> tuple[jax.Array, jax.Array]:
         return rows, picks.index >= 0
     if isinstance(picks, FirstN):
         return wide[:, None], jnp.arange(entries.shape[1]) < picks.count[..., None]
-    return wide[:, None], picks.mask
+    return wide[:, None], as_mask(picks)
 
 
 def sparse_mla(
@@ -94,7 +102,8 @@ def sparse_mla(
       window: rows by position; see `Window`.
       entries: [B, N, D] compressed rows (or `Fp8Rows`), each both key and value, or None. A row nobody picks may hold
         anything where picks are `Indices`, anything finite otherwise; window rows likewise are finite even where empty.
-      picks: which entries each query picks (`FirstN`, `Indices` or `Mask`; distinct per query), None with `entries`.
+      picks: which entries each query picks (`FirstN`, `Indices`, `Mask`, `MaskBits`; distinct per query), None with
+        `entries`.
       sinks: fp32 [H], logits that take softmax weight but carry no value; not scaled. -inf disables.
       scale: multiplies q . k.
       return_lse: also return the log of the softmax's denominator, sinks included: fp32 [B, T, H], -inf where nothing

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_rows import Rows, dequantize_rows
-from pallas_kernels.sparse_mla.reference import FirstN, Indices, Mask, Picks, Window, check_shapes
+from pallas_kernels.mask_bits import MaskBits
+from pallas_kernels.sparse_mla.reference import FirstN, Indices, Mask, Picks, Window, as_mask, check_shapes
 
 QUERY_BLOCK = 64
 FEW_QUERIES = 16  # up to this many per row, the rows are the larger operand
@@ -36,11 +37,11 @@ def _in_blocks(q, positions, window: Window, entries, picks, sinks, scale):
 
     def attend(blocks):
         q, positions, picks, first = blocks
-        return _attend(q, positions, _band(window, first, block), entries, picks, sinks, scale)
+        return _attend(q, positions, cut_band(window, first, block), entries, picks, sinks, scale)
 
-    window = _pad_rows(window, -T % block)
+    window = pad_band(window, -T % block)
     out = jax.lax.map(attend, (q, positions, picks, jnp.arange(q.shape[0]) * block))
-    return jax.tree.map(lambda x: _join_queries(x, T), out)
+    return jax.tree.map(lambda x: join_queries(x, T), out)
 
 
 def _query_block(q, picks) -> int:
@@ -57,20 +58,21 @@ def split_queries(x, block: int):
     return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 
-def _join_queries(x, T: int):
+def join_queries(x, T: int):
     """[blocks, B, block, ...] -> [B, T, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
 
-def _pad_rows(window: Window, pad: int) -> Window:
+def pad_band(window: Window, pad: int) -> Window:
+    """A band lengthened by `pad` empty rows; other windows are left alone."""
     if not window.is_band or not pad:
         return window
     rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, pad), (0, 0))), window.rows)
     return Window(rows, jnp.pad(window.positions, ((0, 0), (0, pad)), constant_values=-1), window.size, is_band=True)
 
 
-def _band(window: Window, first, block: int) -> Window:
+def cut_band(window: Window, first, block: int) -> Window:
     """The rows that queries first .. first + block - 1 can see."""
     if not window.is_band:
         return window
@@ -82,8 +84,8 @@ def _attend(q, positions, window: Window, entries, picks, sinks, scale):
     pools = [_dense(q, window.rows, window.visible(positions), scale)]
     if isinstance(picks, FirstN):
         pools.append(_dense(q, entries, jnp.arange(entries.shape[1]) < picks.count[..., None], scale))
-    elif isinstance(picks, Mask):
-        pools.append(_dense(q, entries, picks.mask, scale))
+    elif isinstance(picks, Mask | MaskBits):
+        pools.append(_dense(q, entries, as_mask(picks), scale))
     elif isinstance(picks, Indices):
         pools.append(_gathered(q, entries, picks.index, scale))
     return _softmax(q, pools, sinks)

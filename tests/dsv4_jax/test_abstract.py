@@ -20,7 +20,6 @@ from checkpoints.names import model_leaves
 from dsv4_jax import DeepseekV4, ModelConfig, rope
 from dsv4_jax.generate.decode import DecodeState, decode_step
 from dsv4_jax.generate.sampling import Greedy, row_keys
-from dsv4_jax.kernels import resolve_kernels
 from dsv4_jax.presets import PRESETS
 
 
@@ -125,9 +124,3 @@ def test_the_cache_is_donated(tiny):
     alias = lowered.compile().memory_analysis().alias_size_in_bytes
     cache_bytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert alias >= 0.99 * cache_bytes
-
-
-def test_kernels_are_chosen_by_name_and_refused_by_name():
-    assert resolve_kernels("auto").name == "xla" and hash(resolve_kernels("xla")) == hash(resolve_kernels("auto"))
-    with pytest.raises(ValueError, match="kernels='cuda' is not available; choose"):
-        resolve_kernels("cuda")

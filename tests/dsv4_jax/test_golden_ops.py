@@ -11,9 +11,10 @@ from golden_cases import GOLDEN
 from dsv4_jax.cache import CompressorCache, Step
 from dsv4_jax.compressor import Compressor
 from dsv4_jax.config import LayerSpec, ModelConfig, Yarn
+from dsv4_jax.experts import clamped_swiglu
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead, split_mix
 from dsv4_jax.linear import linear, matmul, rms_norm
-from dsv4_jax.moe import clamped_swiglu, router_scores, routing_weights
+from dsv4_jax.moe import router_scores, routing_weights
 from dsv4_jax.numerics import OfficialNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize, quantize_fp4, quantize_fp8, round_fp4, round_fp8

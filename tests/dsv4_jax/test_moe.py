@@ -8,7 +8,8 @@ import pytest
 from golden_cases import GOLDEN
 
 from dsv4_jax.config import LayerSpec, ModelConfig
-from dsv4_jax.moe import MAX_BLOCK_ROWS, Router, block_rows, clamped_swiglu, expert_mlp
+from dsv4_jax.experts import MAX_BLOCK_ROWS, block_rows, clamped_swiglu, expert_mlp, expert_mlp_in_blocks
+from dsv4_jax.moe import Router
 from dsv4_jax.numerics import ExactNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize
@@ -67,19 +68,34 @@ def quantised(shape: tuple[int, ...], packed: bool, rng) -> QuantizedArray:
     return QuantizedArray(jnp.asarray(rng.standard_normal(shape), jnp.float8_e4m3fn), scale, block)
 
 
+def in_blocks(*args):
+    """`expert_mlp` by way of one grouped product for all blocks, as platforms with a kernel for it do."""
+
+    def product(rows, expert, used, w):
+        values = dequantize(w, jnp.float32)[expert] if isinstance(w, QuantizedArray) else w[expert]
+        out = jnp.einsum("brk,bnk->brn", rows.reshape(len(expert), -1, rows.shape[1]), values, precision="highest")
+        return jnp.where(jnp.arange(len(expert))[:, None, None] < used, out, 0).reshape(len(rows), -1)
+
+    return expert_mlp_in_blocks(*args, product)
+
+
+BOTH = pytest.mark.parametrize("experts", [expert_mlp, in_blocks], ids=["loop", "in blocks"])
+
+
 def routed(n: int, rng, experts: int = E) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
     index = np.stack([rng.permutation(experts)[:A] for _ in range(n)])
     x, weights = rng.standard_normal((n, M)), rng.random((n, A))
     return jnp.asarray(x, jnp.float32), jnp.asarray(index, jnp.int32), jnp.asarray(weights, jnp.float32)
 
 
+@BOTH
 @pytest.mark.parametrize("packed", [False, True], ids=["fp8", "fp4"])
 @pytest.mark.parametrize("n", [1, 40])
-def test_quantised_experts_equal_their_values(n, packed):
+def test_quantised_experts_equal_their_values(n, packed, experts):
     rng = np.random.default_rng(n)
     gate_up, down = quantised((E, 2, F, M), packed, rng), quantised((E, M, F), packed, rng)
     x, index, weights = routed(n, rng)
-    got = expert_mlp(x, index, weights, gate_up, down, 2.0, EXACT)
+    got = experts(x, index, weights, gate_up, down, 2.0, EXACT)
     wide, back = (np.asarray(dequantize(w, jnp.float32), np.float64) for w in (gate_up, down))
     want = np.zeros((n, M))
     for t in range(n):
@@ -89,16 +105,17 @@ def test_quantised_experts_equal_their_values(n, packed):
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
+@BOTH
 @pytest.mark.parametrize("chosen", [[0, 1], [4, 5], [0, 5]])
-def test_experts_nobody_chose_are_not_read(chosen):
+def test_experts_nobody_chose_are_not_read(chosen, experts):
     """Their weights may be NaN: at the front, at the end, in the middle."""
     rng = np.random.default_rng(0)
     x, _, weights = routed(24, rng)
     index = jnp.broadcast_to(jnp.asarray(chosen, jnp.int32), (24, A))
     gate_up, down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((E, 2, F, M), (E, M, F)))
     spoil = lambda w: jnp.full_like(w, jnp.nan).at[np.asarray(chosen)].set(w[np.asarray(chosen)])
-    got = expert_mlp(x, index, weights, spoil(gate_up), spoil(down), 2.0, EXACT)
-    np.testing.assert_array_equal(got, expert_mlp(x, index, weights, gate_up, down, 2.0, EXACT))
+    got = experts(x, index, weights, spoil(gate_up), spoil(down), 2.0, EXACT)
+    np.testing.assert_array_equal(got, experts(x, index, weights, gate_up, down, 2.0, EXACT))
 
 
 def test_a_token_does_not_depend_on_the_others():

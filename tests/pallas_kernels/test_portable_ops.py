@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.moe import clamped_swiglu, expert_mlp, make_blocks
+from dsv4_jax.experts import clamped_swiglu, expert_mlp, make_blocks
 from dsv4_jax.numerics import ExactNumerics
 from pallas_kernels.index_topk import pick_entries, pick_entries_xla
 from pallas_kernels.index_topk.xla import kth_largest

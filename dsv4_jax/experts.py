@@ -1,0 +1,157 @@
+"""Routed experts' products: pairs of token and expert sorted into blocks, one expert at a time (architecture 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.linear import linear
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.quantized import QuantizedArray, Weight, dequantize
+
+Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
+MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
+
+
+def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """silu(min(gate, limit)) * clip(up, -limit, limit); the gate has no lower clamp."""
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+
+
+def mlp(
+    x: jax.Array,
+    gate_up: Weight,
+    down: Weight,
+    limit: float,
+    numerics: Numerics,
+    project: Callable[[jax.Array, Weight], jax.Array] = linear,
+    weights: jax.Array | None = None,
+) -> jax.Array:
+    """One expert: x [..., M], rounded already, gate_up [2, F, M], down [M, F] -> [..., M] in x.dtype.
+
+    project: multiplies with a weight, as `linear` does.
+    weights: [..., 1], the routing weight; goes in before the down projection and its rounding, as in the reference.
+    """
+    gate, up = jnp.split(project(x, joined(gate_up)), 2, axis=-1)
+    return project(hidden(gate, up, limit, numerics, down, weights), down)
+
+
+def joined(gate_up: Weight) -> Weight:
+    """gate_up [..., 2, F, M] -> [..., 2 F, M], one weight for both products; expanded where a block would span both."""
+    *lead, _, rows, columns = gate_up.shape
+    if isinstance(gate_up, QuantizedArray) and gate_up.scale is not None and rows % gate_up.block[0] == 0:
+        merge = lambda x: x.reshape(*lead, -1, x.shape[-1])
+        return dataclasses.replace(gate_up, data=merge(gate_up.data), scale=merge(gate_up.scale))
+    if isinstance(gate_up, QuantizedArray):
+        gate_up = dequantize(gate_up, jnp.float32)
+    return gate_up.reshape(*lead, 2 * rows, columns)
+
+
+def hidden(gate, up, limit: float, numerics: Numerics, down: Weight, weights: jax.Array | None = None) -> jax.Array:
+    """What an expert's down projection reads: gate and up joined in fp32, weighted, rounded once and by `numerics`."""
+    wide = clamped_swiglu(gate.astype(jnp.float32), up.astype(jnp.float32), limit)
+    return numerics.activations((wide if weights is None else wide * weights).astype(gate.dtype), down)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """Pairs (token, choice) sorted by expert and cut into blocks of R rows, none of which spans two experts.
+
+    expert [K]: expert of each block; pair [K, R]: which pair sits in each row (P = none);
+    used: how many blocks have rows; slot [P]: the row, counted over all blocks, where each pair went.
+    """
+
+    expert: jax.Array
+    pair: jax.Array
+    used: jax.Array
+    slot: jax.Array
+
+
+def make_blocks(index: jax.Array, experts: int, rows: int) -> Blocks:
+    """Expert ids [P] -> Blocks; at most min(P, P / rows + min(P, experts)) of them exist."""
+    P = index.shape[0]
+    order = jnp.argsort(index, stable=True)
+    counts = (index[:, None] == jnp.arange(experts)).sum(0)
+    starts = jnp.cumsum(counts) - counts
+    last_block = jnp.cumsum(-(-counts // rows))
+    first_block = last_block + counts // -rows
+    block = jnp.arange(min(P, P // rows + min(P, experts)))
+    expert = jnp.minimum((last_block <= block[:, None]).sum(1), experts - 1)
+    rank = (block - first_block[expert])[:, None] * rows + jnp.arange(rows)
+    pair = jnp.where(rank < counts[expert][:, None], order.at[starts[expert][:, None] + rank].get(mode="clip"), P)
+    rank_of_pair = jnp.argsort(order) - starts[index]
+    slot = first_block[index] * rows + rank_of_pair
+    return Blocks(expert, pair, last_block[-1], slot)
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows a block: the mean load of an expert, rounded up to a power of two; 1 where experts are hardly shared."""
+    mean = pairs / experts
+    return 1 if mean <= 1 else min(MAX_BLOCK_ROWS, 1 << math.ceil(math.log2(mean)))
+
+
+def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics) -> jax.Array:
+    """The routed experts' sum: only the products that were routed, expert by expert.
+
+    Args:
+      x: [n, M] tokens.
+      index, weights: [n, A] expert ids and fp32 routing weights.
+      gate_up, down: stacked [E, 2, F, M] and [E, M, F], quantised or not; one expert is expanded at a time.
+    Returns:
+      fp32 [n, M]. A token's sum has a fixed order, so it does not depend on the other tokens.
+    """
+    (n, A), experts = index.shape, down.shape[0]
+    P, rows = n * A, block_rows(n * A, experts)
+    x = numerics.activations(x, gate_up)
+    flat = index.reshape(P)
+    if rows == 1:
+        blocks = Blocks(flat, jnp.arange(P)[:, None], jnp.int32(P), jnp.arange(P))
+    else:
+        blocks = make_blocks(flat, experts, rows)
+    padded = jnp.concatenate([weights.reshape(P), jnp.zeros((1,), weights.dtype)])
+
+    def run_block(_, block):
+        expert, pair, is_used = block
+
+        def run():
+            token = jnp.minimum(pair, P - 1) // A
+            return mlp(x[token], gate_up[expert], down[expert], limit, numerics, weights=padded[pair][:, None])
+
+        return None, jax.lax.cond(is_used, run, lambda: jnp.zeros((rows, x.shape[1]), x.dtype)) if rows > 1 else run()
+
+    used = jnp.arange(blocks.expert.shape[0]) < blocks.used
+    _, out = jax.lax.scan(run_block, None, (blocks.expert, blocks.pair, used))
+    picked = out.reshape(-1, x.shape[1])[blocks.slot].reshape(n, A, -1)
+    return picked.astype(jnp.float32).sum(1)
+
+
+def expert_mlp_in_blocks(
+    x,
+    index,
+    weights,
+    gate_up: Weight,
+    down: Weight,
+    limit: float,
+    numerics: Numerics,
+    product: Product,
+):
+    """`expert_mlp` for a platform whose kernel takes all blocks at once: two grouped products instead of a loop.
+
+    product: (rows [K * R, in], expert [K], blocks used, weight [E, out, in]) -> [K * R, out] in the rows' dtype; blocks
+      past the used ones may hold anything finite.
+    """
+    (n, A), experts = index.shape, down.shape[0]
+    P = n * A
+    blocks = make_blocks(index.reshape(P), experts, block_rows(P, experts))
+    pair = blocks.pair.reshape(-1)
+    rows = numerics.activations(x, gate_up)[jnp.minimum(pair, P - 1) // A]
+    gate, up = jnp.split(product(rows, blocks.expert, blocks.used, joined(gate_up)), 2, axis=-1)
+    share = jnp.concatenate([weights.reshape(P), jnp.zeros((1,), weights.dtype)])[pair][:, None]
+    out = product(hidden(gate, up, limit, numerics, down, share), blocks.expert, blocks.used, down)
+    return out[blocks.slot].reshape(n, A, -1).astype(jnp.float32).sum(1)

@@ -1,0 +1,295 @@
+"""Routed experts' products on TPU, by Mosaic: a block of rows times a tile of its expert's weights, read packed.
+
+The grid walks over tiles of columns and, within one, over the blocks: where neighbours have one expert its tile is
+read once. An e2m1 code `s ee m` becomes an 8-bit float by moving its bits: as e5m2 `s 000ee m0` it is the value times
+2^-14, zero and 0.5 included, and every matrix unit here takes e5m2. A word of packed codes gives two words, of even and
+of odd channels, so x comes with its columns in that order: 128 even ones, then 128 odd ones.
+
+What shares a scale is 32 channels of one row of w. There are two ways to apply it (`TpuConfig.fold`):
+
+* Few rows: the 256 channels of two such words are multiplied with eight copies of a row of x, each of which is zero but
+  for one group of channels. The matrix unit then gives the sums of eight groups as eight rows, for the time it would
+  take to multiply by one row alone, and the transposed scales multiply them there.
+* Many rows: codes are widened to bfloat16 and multiplied by their scale, spread over its lanes, before the product.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chips import Chip, require
+from pallas_kernels.expert_matmul.reference import GROUP, check_shapes
+from pallas_kernels.expert_matmul.tuning import TpuConfig, default_config
+from pallas_kernels.fp8_matmul.reference import BLOCK, scale_value
+from pallas_kernels.fp8_matmul.tpu import B11_FACTOR, BY_COLUMNS, VMEM_SHARE, mxu_codes, split_fp32
+
+LANES = 128
+SPAN = 2 * LANES  # channels in a register's width of packed codes
+GROUPS = SPAN // GROUP
+EXPONENT_SHIFT = 14  # of an e2m1 code placed as e5m2
+PIECE = 256  # columns summed at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when the kernel is compiled."""
+
+    config: TpuConfig
+    rows: int  # of a block
+    blocks: int
+    N: int
+    K: int
+    packed: bool
+    native: bool  # the matrix unit takes e4m3fn codes
+    out_dtype: Any
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.N // self.config.columns, self.blocks
+
+    @property
+    def by_group(self) -> bool:
+        return self.packed and not self.config.fold
+
+
+def split_nibbles(packed: jax.Array) -> jax.Array:
+    """uint8 [n, 128] pairs of e2m1 codes -> float8_e5m2 [n, 256] times 2^-14, low nibbles first."""
+    words = pltpu.bitcast(packed, jnp.int32)
+    low = ((words & 0x08080808) << 4) | ((words & 0x07070707) << 1)
+    high = (words & jnp.int32(-0x7F7F7F80)) | (jax.lax.shift_right_logical(words, 3) & 0x0E0E0E0E)
+    return jnp.concatenate([pltpu.bitcast(half, jnp.float8_e5m2) for half in (low, high)], axis=1)
+
+
+def _factors(scale_ref) -> jax.Array:
+    """e8m0 bytes [columns, groups] -> bfloat16 powers of two times 2^14, infinite where that is too large."""
+    exponent = jnp.minimum(scale_ref[...].astype(jnp.int32) + EXPONENT_SHIFT, 255)
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(jnp.bfloat16)
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """bfloat16 [n, k] -> float32 [k, n], by the matrix unit, which turns one operand anyway."""
+    k = x.shape[1]
+    rows, lanes = (jax.lax.broadcasted_iota(jnp.int32, (k, k), axis) for axis in (0, 1))
+    one = jnp.where(rows == lanes, 1.0, 0.0).astype(jnp.bfloat16)
+    return jax.lax.dot_general(one, x, BY_COLUMNS, preferred_element_type=jnp.float32)
+
+
+def _spread_rows(x_ref, spread_ref, plan: Plan) -> None:
+    """Eight copies of each row of x, the g-th with only those channels of each 256 that are in their g-th group."""
+    lane, copy = (jax.lax.broadcasted_iota(jnp.int32, (GROUPS, SPAN), axis) for axis in (1, 0))
+    mine = lane % LANES // (LANES // GROUPS) == copy
+    for start in range(0, plan.K, SPAN):
+        cut = pl.ds(start, SPAN)
+        rows = [jnp.where(mine, x_ref[0, pl.ds(r, 1), cut], 0.0) for r in range(plan.rows)]
+        spread_ref[:, cut] = jnp.concatenate(rows, axis=0).astype(jnp.bfloat16)
+
+
+def _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan: Plan) -> None:
+    _spread_rows(x_ref, spread_ref, plan)
+    for first in range(0, plan.config.columns, PIECE):
+        columns = pl.ds(first, min(PIECE, plan.config.columns - first))
+        factors = _transposed(_factors(scale_ref.at[0, columns]))
+        total: Any = 0.0
+        for i, start in enumerate(range(0, plan.K, SPAN)):
+            codes = split_nibbles(w_ref[0, columns, pl.ds(start // 2, LANES)])
+            rows = spread_ref[:, pl.ds(start, SPAN)]
+            part = jax.lax.dot_general(rows, codes, BY_COLUMNS, preferred_element_type=jnp.float32)
+            factor = factors[i * GROUPS : (i + 1) * GROUPS]
+            total = total + part * jnp.concatenate([factor] * plan.rows, axis=0)
+        sums = [total[r * GROUPS : (r + 1) * GROUPS].sum(axis=0, keepdims=True) for r in range(plan.rows)]
+        out_ref[0, :, columns] = jnp.concatenate(sums, axis=0).astype(out_ref.dtype)
+
+
+def _widen_packed(w_ref, scale_ref, wide_ref, plan: Plan) -> None:
+    """Weights in bfloat16 with their scale, in the order of x's columns."""
+    factors = _factors(scale_ref.at[0])
+    groups = factors.shape[1]
+    factors = jnp.concatenate([factors] * (-(-LANES // groups)), axis=1) if groups < LANES else factors
+    lane = jax.lax.broadcasted_iota(jnp.int32, (plan.config.columns // 2, LANES), 1)
+    for i, start in enumerate(range(0, plan.K, SPAN)):
+        first = i * GROUPS // LANES * LANES
+        words = pltpu.bitcast(_lanes_from(factors, first), jnp.int32)  # two rows in a word
+        spread = jnp.take_along_axis(words, lane // (LANES // GROUPS) + (i * GROUPS - first), axis=1)
+        spread = pltpu.bitcast(spread, jnp.bfloat16)
+        codes = split_nibbles(w_ref[0, :, pl.ds(start // 2, LANES)]).astype(jnp.bfloat16)
+        wide_ref[:, pl.ds(start, SPAN)] = codes * jnp.concatenate([spread, spread], axis=1)
+
+
+def _lanes_from(x: jax.Array, first: int) -> jax.Array:
+    """128 lanes of x from `first` on; where x ends, its first ones again."""
+    held = x[:, first : first + LANES]
+    return held if held.shape[1] == LANES else jnp.concatenate([held, x[:, : LANES - held.shape[1]]], axis=1)
+
+
+def _widen_fp8(w_ref, scale_ref, wide_ref, plan: Plan) -> None:
+    for n in range(plan.config.columns // BLOCK):
+        for k in range(plan.K // BLOCK):
+            rows, cut = pl.ds(n * BLOCK, BLOCK), pl.ds(k * BLOCK, BLOCK)
+            scale = jnp.broadcast_to(scale_ref[0, 0, n : n + 1, k : k + 1], (1, BLOCK)).astype(jnp.bfloat16)
+            wide_ref[rows, cut] = mxu_codes(w_ref[0, rows, cut], plan.native).astype(jnp.bfloat16) * scale
+
+
+def _sum_by_blocks(x_ref, w_ref, scale_ref, out_ref, plan: Plan) -> None:
+    """FP8 weights straight from their codes, 128 channels at a time."""
+    total: Any = 0.0
+    for k in range(plan.K // BLOCK):
+        cut = pl.ds(k * BLOCK, BLOCK)
+        codes = mxu_codes(w_ref[0, :, cut], plan.native)
+        part = jax.lax.dot_general(x_ref[0, :, cut], codes, BY_COLUMNS, preferred_element_type=jnp.float32)
+        scales = [
+            jnp.broadcast_to(scale_ref[0, 0, n : n + 1, k : k + 1], (1, BLOCK))
+            for n in range(plan.config.columns // BLOCK)
+        ]
+        total = total + part * jnp.concatenate(scales, axis=1)
+    out_ref[0] = total.astype(out_ref.dtype)
+
+
+def _kernel(expert_ref, used_ref, x_ref, w_ref, scale_ref, out_ref, *scratch, plan: Plan):
+    block = pl.program_id(1)
+    used = block < used_ref[0]
+    if plan.config.fold:
+        before = expert_ref[jnp.maximum(block - 1, 0)]
+        (wide_ref,) = scratch
+        widen = _widen_packed if plan.packed else _widen_fp8
+
+        @pl.when(used & ((block == 0) | (expert_ref[block] != before)))
+        def _widen():
+            widen(w_ref, scale_ref, wide_ref, plan)
+
+    @pl.when(used)
+    def _multiply():
+        if plan.config.fold:
+            out = jax.lax.dot_general(x_ref[0], wide_ref[...], BY_COLUMNS, preferred_element_type=jnp.float32)
+            out_ref[0] = out.astype(out_ref.dtype)
+        elif plan.packed:
+            (spread_ref,) = scratch
+            _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan)
+        else:
+            _sum_by_blocks(x_ref, w_ref, scale_ref, out_ref, plan)
+
+    @pl.when(~used)
+    def _clear():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+
+def _scratch(plan: Plan) -> list[Any]:
+    c = plan.config
+    if c.fold:
+        return [pltpu.VMEM((c.columns, plan.K), jnp.bfloat16)]
+    if plan.packed:
+        return [pltpu.VMEM((plan.rows * GROUPS, plan.K), jnp.bfloat16)]
+    return []
+
+
+def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, interpret):
+    """x [blocks, rows, K] in the kernel's order of columns; scale as stored, or of FP8 [E, tiles, blocks, blocks]."""
+    columns = plan.config.columns
+
+    def tile(n, b, expert, used):
+        """Blocks without use keep what is there: nothing is read for them."""
+        last = jnp.maximum(used[0] - 1, 0)
+        return expert[jnp.minimum(b, last)], jnp.where(used[0] > 0, n, 0), 0
+
+    of_fp8 = lambda *at: (*tile(*at), 0)
+    scale_spec = (
+        pl.BlockSpec((1, columns, scale.shape[2]), tile)
+        if plan.packed
+        else pl.BlockSpec((1, 1, *scale.shape[2:]), of_fp8)
+    )
+    visited = min(plan.blocks, w.shape[0])
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=plan.grid,
+            in_specs=[
+                pl.BlockSpec((1, plan.rows, plan.K), lambda n, b, expert, used: (b, 0, 0)),
+                pl.BlockSpec((1, columns, w.shape[2]), tile),
+                scale_spec,
+            ],
+            out_specs=pl.BlockSpec((1, plan.rows, columns), lambda n, b, expert, used: (b, 0, n)),
+            scratch_shapes=_scratch(plan),
+        ),
+        out_shape=jax.ShapeDtypeStruct((plan.blocks, plan.rows, plan.N), plan.out_dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(VMEM_SHARE * chip.vmem_bytes)
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * x.size * plan.N,
+            bytes_accessed=visited * (w.size // w.shape[0] + scale.size // w.shape[0] * scale.dtype.itemsize)
+            + x.size * x.dtype.itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="expert_matmul",
+    )(block_expert.astype(jnp.int32), jnp.reshape(blocks_used, (1,)).astype(jnp.int32), x, w, scale)
+
+
+def _even_odd(x: jax.Array) -> jax.Array:
+    """Columns of each 256: the even ones, then the odd ones."""
+    return x.reshape(*x.shape[:-1], -1, LANES, 2).swapaxes(-1, -2).reshape(x.shape)
+
+
+def _pad_to(x: jax.Array, axis: int, unit: int) -> jax.Array:
+    short = -x.shape[axis] % unit
+    return jnp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)]) if short else x
+
+
+def expert_matmul_tpu(
+    x: jax.Array,
+    block_expert: jax.Array,
+    blocks_used: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    *,
+    packed: bool,
+    chip: Chip,
+    config: TpuConfig | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """`reference.expert_matmul` on the TPU `chip`.
+
+    Weights are read where they lie if N is a multiple of 128 and K of 256 (FP8: of 128), as in every published model;
+    others are copied to that size first. With no block in use the first block's tile is read all the same.
+
+    Args:
+      config: block sizes; `tuning.default_config` by default.
+      interpret: run on CPU; `pltpu.InterpretParams()` checks memory accesses, too.
+    Raises:
+      ValueError: the operands disagree, or `chip` is not a TPU.
+    """
+    check_shapes(x, block_expert, blocks_used, w, scale, packed)
+    require(chip, "expert_matmul_tpu", platform="tpu")
+    blocks, count, N, dtype = block_expert.shape[0], x.shape[0], w.shape[1], x.dtype
+    if x.size == 0:
+        return jnp.zeros((count, N), dtype)
+    unit = SPAN if packed else BLOCK
+    w = _pad_to(_pad_to(w, 1, LANES), 2, unit // 2 if packed else unit)
+    if packed:
+        scale = _pad_to(_pad_to(scale, 1, LANES), 2, GROUPS)
+    parts = split_fp32(x) if dtype == jnp.float32 else x[None]  # [parts, blocks * rows, K]
+    x = _pad_to(jnp.moveaxis(parts.reshape(-1, blocks, count // blocks, x.shape[1]), 0, 1), 3, unit)
+    x = x.reshape(blocks, -1, x.shape[3])
+    plan_rows, K = x.shape[1:]
+    if config is None:
+        exact = scale.dtype == jnp.uint8
+        config = default_config(chip, plan_rows, w.shape[1], K, packed=packed, exact_scales=exact)
+    native = chip.has_fp8_mxu
+    plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, native, dtype)
+    if packed:
+        x = _even_odd(x)
+        x = x if config.fold else x.astype(jnp.float32)
+    else:
+        values = scale_value(scale) * jnp.float32(1.0 if native else B11_FACTOR)
+        scale = values.reshape(w.shape[0], plan.grid[0], -1, values.shape[2])
+    out = _call(x, block_expert, blocks_used, w, scale, plan=plan, chip=chip, interpret=interpret)[..., :N]
+    if len(parts) > 1:
+        out = out.reshape(blocks, len(parts), -1, N).sum(1)
+    return out.reshape(count, N)

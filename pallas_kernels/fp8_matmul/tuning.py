@@ -1,0 +1,84 @@
+"""Block sizes of the FP8 kernels by shape and chip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pallas_kernels.chips import Chip
+
+LANES = 128
+FEW_ROWS = 256  # up to here reading the weights takes longer than multiplying
+ROW_ALIGN = 16  # rows of a 16-bit array that lie in one tile of memory
+STEP_CYCLES = 2600  # that reading a tile of a large weight takes: a step has some 1000 cycles of latency to hide
+MIN_TILE_BYTES = 1 << 20  # of a small weight's tiles
+TILES_WANTED = 8  # of a weight in between, for each core: the first product waits for the first tile
+MAX_WIDE = 2048  # columns of a tile
+
+
+@dataclass(frozen=True)
+class TpuConfig:
+    """Block sizes of the TPU kernel.
+
+    rows: of x; columns: of the result, i.e. rows of w; channels: of the sum in one grid step; a multiple of 128 unless
+    it is all of them.
+    fold: weights are widened to bfloat16 with their scale before the product, which then may sum over all channels at
+    once; else each 128 channels are summed by themselves, straight from the codes, and scaled afterwards.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    fold: bool
+
+
+def default_config(
+    chip: Chip, rows: int, columns: int, channels: int, *, exact_scales: bool, unit: int = LANES, groups: int = 1
+) -> TpuConfig:
+    """For x [rows, channels] times w [columns, channels], in each of `groups` groups.
+
+    exact_scales: scales are powers of two, so that they may be folded; unit: channels that must stay in one step.
+    """
+    if rows <= FEW_ROWS:
+        return _few_rows(chip, rows, columns, channels, unit, groups)
+    # A matrix unit that sums over 256 channels is half idle on the 128 that share a scale.
+    whole = columns % LANES == 0 and channels % LANES == 0
+    fold = exact_scales and whole and chip.generation >= 6
+    most = 1024 if fold else 512
+    return TpuConfig(
+        min(most, _align(rows, ROW_ALIGN)),
+        column_tile(columns, most),
+        divisor(channels, 2048 if fold else 1024, unit),
+        fold,
+    )
+
+
+def _few_rows(chip: Chip, rows: int, columns: int, channels: int, unit: int, groups: int) -> TpuConfig:
+    """Wide tiles rather than deep ones: the sums over 128 channels follow each other, those of columns do not."""
+    tile_bytes = weight_tile_bytes(chip, groups * columns * channels)
+    wide = column_tile(columns, min(MAX_WIDE, max(LANES, groups * columns // chip.cores)))
+    deep = divisor(channels, max(LANES, tile_bytes // wide), unit)
+    return TpuConfig(_align(rows, ROW_ALIGN), wide, deep, False)
+
+
+def weight_tile_bytes(chip: Chip, size: int) -> int:
+    """How much to read at a time of `size` bytes of weights, where reading takes longer than multiplying."""
+    most = STEP_CYCLES * chip.hbm_bytes_per_s / chip.clock_hz
+    return int(min(most, max(MIN_TILE_BYTES, size / TILES_WANTED)) / chip.cores)
+
+
+def column_tile(columns: int, most: int) -> int:
+    """A multiple of 128 that divides `columns`; where none does, one that the last tile need not fill."""
+    if columns % LANES:
+        return min(_align(columns, LANES), most // LANES * LANES)
+    return divisor(columns, most, LANES)
+
+
+def divisor(size: int, most: int, unit: int) -> int:
+    """The largest multiple of `unit` up to `most` that divides `size`; where `unit` does not, all of `size`."""
+    if size % unit:
+        return size
+    return max(n for n in range(unit, max(min(size, most), unit) + 1, unit) if size % n == 0)
+
+
+def _align(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
