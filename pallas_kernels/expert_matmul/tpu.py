@@ -55,6 +55,11 @@ class Plan:
         return self.N // self.config.columns, self.blocks
 
     @property
+    def turned(self) -> bool:
+        """Whether scales come as [groups, columns]: so a TPU lays out what has fewer than 128 groups to a row."""
+        return self.packed and self.K // GROUP < LANES
+
+    @property
     def by_group(self) -> bool:
         return self.packed and not self.config.fold
 
@@ -68,7 +73,7 @@ def split_nibbles(packed: jax.Array) -> jax.Array:
 
 
 def _factors(scale_ref) -> jax.Array:
-    """e8m0 bytes [columns, groups] -> bfloat16 powers of two times 2^14, infinite where that is too large."""
+    """e8m0 bytes [columns, groups], or turned, -> bfloat16 powers of two times 2^14, infinite where too large."""
     exponent = jnp.minimum(scale_ref[...].astype(jnp.int32) + EXPONENT_SHIFT, 255)
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(jnp.bfloat16)
 
@@ -95,7 +100,10 @@ def _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan: Plan) -> 
     _spread_rows(x_ref, spread_ref, plan)
     for first in range(0, plan.config.columns, PIECE):
         columns = pl.ds(first, min(PIECE, plan.config.columns - first))
-        factors = _transposed(_factors(scale_ref.at[0, columns]))
+        if plan.turned:
+            factors = _factors(scale_ref.at[0, :, columns]).astype(jnp.float32)
+        else:
+            factors = _transposed(_factors(scale_ref.at[0, columns]))
         total: Any = 0.0
         for i, start in enumerate(range(0, plan.K, SPAN)):
             codes = split_nibbles(w_ref[0, columns, pl.ds(start // 2, LANES)])
@@ -110,6 +118,7 @@ def _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan: Plan) -> 
 def _widen_packed(w_ref, scale_ref, wide_ref, plan: Plan) -> None:
     """Weights in bfloat16 with their scale, in the order of x's columns."""
     factors = _factors(scale_ref.at[0])
+    factors = factors.astype(jnp.float32).T.astype(jnp.bfloat16) if plan.turned else factors
     groups = factors.shape[1]
     factors = jnp.concatenate([factors] * (-(-LANES // groups)), axis=1) if groups < LANES else factors
     lane = jax.lax.broadcasted_iota(jnp.int32, (plan.config.columns // 2, LANES), 1)
@@ -197,12 +206,16 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
         last = jnp.maximum(used[0] - 1, 0)
         return expert[jnp.minimum(b, last)], jnp.where(used[0] > 0, n, 0), 0
 
-    of_fp8 = lambda *at: (*tile(*at), 0)
-    scale_spec = (
-        pl.BlockSpec((1, columns, scale.shape[2]), tile)
-        if plan.packed
-        else pl.BlockSpec((1, 1, *scale.shape[2:]), of_fp8)
-    )
+    def turned_tile(*at):
+        expert, n, _ = tile(*at)
+        return expert, 0, n
+
+    if not plan.packed:
+        scale_spec = pl.BlockSpec((1, 1, *scale.shape[2:]), lambda *at: (*tile(*at), 0))
+    elif plan.turned:
+        scale_spec = pl.BlockSpec((1, scale.shape[1], columns), turned_tile)
+    else:
+        scale_spec = pl.BlockSpec((1, columns, scale.shape[2]), tile)
     visited = min(plan.blocks, w.shape[0])
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
@@ -284,6 +297,7 @@ def expert_matmul_tpu(
     native = chip.has_fp8_mxu
     plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, native, dtype)
     if packed:
+        scale = scale.swapaxes(1, 2) if plan.turned else scale
         x = _even_odd(x)
         x = x if config.fold else x.astype(jnp.float32)
     else:

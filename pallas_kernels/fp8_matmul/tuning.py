@@ -12,7 +12,7 @@ ROW_ALIGN = 16  # rows of a 16-bit array that lie in one tile of memory
 STEP_CYCLES = 2600  # that reading a tile of a large weight takes: a step has some 1000 cycles of latency to hide
 MIN_TILE_BYTES = 1 << 20  # of a small weight's tiles
 TILES_WANTED = 8  # of a weight in between, for each core: the first product waits for the first tile
-MAX_WIDE = 2048  # columns of a tile
+WIDE, MAX_WIDE = 2048, 8192  # columns of a tile where it may be deep, and where there are few channels
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,11 @@ def default_config(
 def _few_rows(chip: Chip, rows: int, columns: int, channels: int, unit: int, groups: int) -> TpuConfig:
     """Wide tiles rather than deep ones: the sums over 128 channels follow each other, those of columns do not."""
     tile_bytes = weight_tile_bytes(chip, groups * columns * channels)
-    wide = column_tile(columns, min(MAX_WIDE, max(LANES, groups * columns // chip.cores)))
+    share = max(LANES, groups * columns // chip.cores)
+    wide = column_tile(columns, min(WIDE, share))
     deep = divisor(channels, max(LANES, tile_bytes // wide), unit)
+    if deep == channels:
+        wide = column_tile(columns, max(LANES, min(MAX_WIDE, share, tile_bytes // channels)))
     return TpuConfig(_align(rows, ROW_ALIGN), wide, deep, False)
 
 
