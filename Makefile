@@ -10,7 +10,7 @@ AOT_TESTS = $(shell grep -rl "mark.aot" tests --include="*.py")
 .PHONY: demo test oracle bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dsv4 generate --prompt "The first minute" --max-new-tokens 64
+	$(BIN)/dsv4 generate --prompt "And it came to pass in those days" --max-new-tokens 96 --drafts 1
 
 test: $(VENV)/.test $(AOT)/.aot
 	$(BIN)/ruff check .

@@ -152,6 +152,6 @@ def expert_mlp_in_blocks(
     pair = blocks.pair.reshape(-1)
     rows = numerics.activations(x, gate_up)[jnp.minimum(pair, P - 1) // A]
     gate, up = jnp.split(product(rows, blocks.expert, blocks.used, joined(gate_up)), 2, axis=-1)
-    share = jnp.concatenate([weights.reshape(P), jnp.zeros((1,), weights.dtype)])[pair][:, None]
+    share = jnp.where(pair < P, weights.reshape(P)[jnp.minimum(pair, P - 1)], 0)[:, None]
     out = product(hidden(gate, up, limit, numerics, down, share), blocks.expert, blocks.used, down)
     return out[blocks.slot].reshape(n, A, -1).astype(jnp.float32).sum(1)

@@ -184,11 +184,13 @@ def is_fp8(w: Weight) -> TypeGuard[QuantizedArray]:
     return is_packed(w) and not w.packed and w.block == (FP8_BLOCK, FP8_BLOCK)
 
 
-NAMES = ("auto", "xla", "tpu", "tpu-interpret")
+NAMES = ("auto", "xla", "tpu", "gpu", "tpu-interpret")
 
 
 def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Kernels:
     """The strategy called `name` for `device` (default: the first). "auto" is "tpu" on a TPU, "xla" elsewhere.
+
+    "gpu" is for H100 and H200 and has to be asked for: it has been compiled, not run.
 
     Raises:
       ValueError: the name is not known, or the strategy cannot run on the device; the message says which can. To
@@ -201,6 +203,12 @@ def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Ker
     if name == "tpu-interpret":
         return TpuKernels(chip("v6e"), interpret=True)
     device = jax.local_devices()[0] if device is None else device
+    if name == "gpu":
+        if device.platform not in ("gpu", "cuda"):
+            raise ValueError(f"kernels='gpu' cannot run on {device.device_kind!r}; choose 'auto' or 'xla'")
+        from dsv4_jax.kernels_gpu import GpuKernels  # which imports this module
+
+        return GpuKernels(chip_of(device))
     if device.platform == "tpu":
         return TpuKernels(chip_of(device))
     if name == "tpu":

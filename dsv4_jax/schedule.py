@@ -19,7 +19,14 @@ from jax.extend import core
 
 State = TypeVar("State")
 compute_on: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)  # its name in jax 0.10, and after
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+CALLS = {  # primitives that call a function of their own -> the parameter that holds it
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+}
+CONTROL_FLOW = ("cond", "scan", "while")
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,10 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
             called = eqn.params[CALLS[eqn.primitive.name]]
             outputs = _evaluate(called.jaxpr, called.consts, inputs)
         else:
-            bound = eqn.primitive.bind(*inputs, **{k: _rewritten(v) for k, v in eqn.params.items()})
+            params = eqn.params
+            if eqn.primitive.name in CONTROL_FLOW:  # a kernel's own body is no call, and knows axes that are not here
+                params = {k: _rewritten(v) for k, v in params.items()}
+            bound = eqn.primitive.bind(*inputs, **params)
             outputs = bound if eqn.primitive.multiple_results else [bound]
         values |= zip(eqn.outvars, outputs, strict=True)
     return [read(var) for var in jaxpr.outvars]

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 
-# Pallas's interpreters run a kernel's threads side by side, each in a worker of the CPU client, and wait for one another.
+# Pallas interprets the threads of a kernel side by side, each in a worker of the CPU client, and they wait for others.
 os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import jax

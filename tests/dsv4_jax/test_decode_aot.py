@@ -1,4 +1,4 @@
-"""A decode step of Flash's shapes, compiled for TPUs that are not there: weights stay packed in it, and are read once."""
+"""Flash's decode step, compiled for TPUs that are not there: weights stay packed in it, and are read once."""
 
 from __future__ import annotations
 

@@ -38,6 +38,8 @@ def test_refused_where_it_cannot_run():
         resolve_kernels("cuda")
     with pytest.raises(ValueError, match="kernels='tpu' cannot run on 'cpu'; choose 'auto' or 'xla'"):
         resolve_kernels("tpu")
+    with pytest.raises(ValueError, match="kernels='gpu' cannot run on 'cpu'; choose 'auto' or 'xla'"):
+        resolve_kernels("gpu")
     with pytest.raises(ValueError, match="kernels='tpu': no kernel of this kind for H100; it runs on v5e"):
         TpuKernels(chip("H100"))
     with pytest.raises(ValueError, match="no chip facts for device kind 'TPU v2'"):

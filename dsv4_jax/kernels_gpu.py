@@ -1,0 +1,99 @@
+"""The strategy for NVIDIA GPUs with wgmma (H100, H200): kernels by Mosaic GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks
+from dsv4_jax.kernels import XlaKernels, grouped_output, is_fp8, is_packed
+from dsv4_jax.linear import linear
+from dsv4_jax.numerics import Numerics
+from dsv4_jax.quantized import QuantizedArray, Weight
+from dsv4_jax.rope import Rotation
+from pallas_kernels.chips import Chip, require
+from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
+from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
+from pallas_kernels.sparse_mla import Picks, Window
+from pallas_kernels.sparse_mla.gpu import HEADS, sparse_mla_gpu
+
+
+@dataclass(frozen=True)
+class GpuKernels(XlaKernels):
+    """Mosaic GPU kernels. Products with unquantised weights and the choice of entries are XLA's.
+
+    The model must be in bfloat16, with 256 or 512 channels a head; other operands that a kernel cannot take raise a
+    ValueError, too, which names what to choose instead.
+
+    chip: what to compile for, a GPU of compute capability 9.0. interpret: None, or Pallas's InterpretGPUParams to run
+    the kernels on CPU, for tests.
+    """
+
+    chip: Chip
+    interpret: Any = None
+
+    name = "gpu"
+    reads_packed = True
+    has_streams = True
+
+    def __post_init__(self):
+        with or_xla():
+            require(self.chip, "kernels='gpu'", platform="cuda", generations=(90,))
+
+    @property
+    def _options(self):
+        return {"chip": self.chip, "interpret": self.interpret}
+
+    def padded_heads(self, heads: int) -> int:
+        return -(-heads // HEADS) * HEADS
+
+    def project(self, x: jax.Array, w: Weight) -> jax.Array:
+        if not is_fp8(w):
+            return linear(x, w)
+        with or_xla():
+            return fp8_matmul_gpu(x, w.data, w.scale, **self._options)
+
+    def output_projection(
+        self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
+    ) -> jax.Array:
+        if is_fp8(o_a):
+            with or_xla():
+                o = grouped_output_projection_gpu(
+                    o, rotation.cos, rotation.sin, o_a.data, o_a.scale, groups=groups, **self._options
+                )
+        else:
+            o = grouped_output(o, rotation, o_a, groups)
+        return self.project(numerics.activations(o, o_b), o_b)
+
+    def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
+        with or_xla():
+            return sparse_mla_gpu(q, positions, window, entries, picks, sinks, scale=scale, **self._options)
+
+    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
+        if not (is_packed(gate_up) and is_packed(down)):
+            return expert_mlp(x, index, weights, gate_up, down, limit, numerics)
+        # XLA 0.10's Triton emitter cannot join the sum over a token's weights with the concatenation that follows.
+        weights = jax.lax.optimization_barrier(weights)
+        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self._expert_product)
+
+    def _expert_product(self, rows, expert, used, w: Weight) -> jax.Array:
+        if not isinstance(w, QuantizedArray):  # `joined` expanded what its blocks span
+            raise ValueError(
+                f"kernels='gpu': gate and up of {w.shape[1] // 2} rows do not end with a block of their scales; "
+                "choose kernels='xla'"
+            )
+        with or_xla():
+            return expert_matmul_gpu(rows, expert, used, w.data, w.scale, packed=w.packed, **self._options)
+
+
+@contextlib.contextmanager
+def or_xla() -> Iterator[None]:
+    """Add to the message of a ValueError that another strategy takes what a kernel refused."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; or choose kernels='xla'") from error

@@ -1,0 +1,105 @@
+"""The GPU kernels and a decode step of the model, compiled to machine code for GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.aot import Case, run_cases
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ROOT / "tests" / "support" / "gpu_cases.py"
+LAYERS, BATCH, CONTEXT = 4, 8, 8192  # two sliding layers, a CSA and an HCA one
+MOST_TEMPORARIES = 0.02  # of the weights
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(not aot.available("cuda"), reason="needs the CUDA compiler: pip install 'dsv4-jax[aot]'"),
+]
+
+# Flash and Pro: (rows, N, K); (rows, heads, groups); (rows of a block, blocks, experts, N, K, packed)
+FP8 = [(1, 512, 4096), (1, 32768, 1024), (16, 1536, 7168), (64, 2048, 4096), (64, 7168, 3072), (2048, 4096, 8192)]
+OUTPUT = [(1, 64, 8), (64, 128, 16), (2048, 64, 8)]
+EXPERTS = [
+    (1, 6, 256, 4096, 4096, True),
+    (2, 320, 384, 6144, 7168, True),
+    (64, 256, 256, 4096, 2048, True),
+    (128, 448, 384, 7168, 3072, True),
+    (1, 6, 256, 4096, 4096, False),
+    (128, 448, 256, 4096, 2048, False),
+]
+
+
+def cases() -> list[Case]:
+    named = lambda op, names, rows: [Case(f"{PROGRAMS}:{op}", dict(zip(names, row, strict=True))) for row in rows]
+    fp8 = [(*shape, codes) for shape in FP8 for codes in (False, True)]
+    return [
+        *named("fp8_matmul", ("rows", "N", "K", "codes"), fp8),
+        *named("output_projection", ("rows", "H", "groups"), OUTPUT),
+        *named("expert_matmul", ("rows", "blocks", "E", "N", "K", "packed"), EXPERTS),
+    ]
+
+
+@pytest.mark.parametrize("name", ["H100", "B200"])
+def test_nothing_spills(name):
+    reports = run_cases(cases(), name, timeout=800)
+    for report in reports:
+        assert "error" not in report, report
+        [kernel] = report["kernels"].values()
+        assert kernel["spill_bytes"] == 0 and kernel["stack_bytes"] == 0, report
+
+
+@pytest.mark.parametrize("name", ["H200"])
+def test_weights_stay_packed_in_a_decode_step(name):
+    flags = "--xla_gpu_enable_triton_gemm=false"  # its tiles are chosen by timing, which is not to be had
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": search_path(), "XLA_FLAGS": flags}
+    child = subprocess.run([sys.executable, __file__, name], env=env, capture_output=True, text=True, timeout=800)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = json.loads(child.stdout.splitlines()[-1])
+    print(found)
+    assert found["temporaries"] <= MOST_TEMPORARIES * found["weights"]
+    # A layer has 5 projections, attention, 2 products of the shared expert, 2 of the routed ones; an indexer has one.
+    assert found["kernels"] == 10 * LAYERS + 1
+
+
+def search_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def measure(name: str) -> dict[str, int]:
+    """Bytes of weights and of temporaries, and how many Mosaic kernels the step has."""
+    import jax
+    import jax.numpy as jnp
+
+    from checkpoints.synth import with_layers
+    from dsv4_jax import DeepseekV4, ModelConfig
+    from dsv4_jax.kernels_gpu import GpuKernels
+    from dsv4_jax.presets import PRESETS
+    from pallas_kernels.chips import chip
+
+    config = ModelConfig.from_dict(with_layers(PRESETS["flash"], LAYERS))
+    kernels = GpuKernels(chip(name))
+    model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=CONTEXT, dtype=jnp.bfloat16, kernels=kernels))
+    cache = jax.eval_shape(lambda: model.init_cache(BATCH))
+    tokens, count = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+
+    def step(model, tokens, cache, count):
+        streams, cache = model(tokens, cache, count)[:2]
+        return jnp.argmax(model.head(streams), -1), cache
+
+    compiled = aot.compile_gpu(jax.jit(step, donate_argnums=2), [model, tokens, cache, count], name)
+    return {
+        "weights": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model)),
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "kernels": compiled.as_text().count('custom_call_target="mosaic_gpu'),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

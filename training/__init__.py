@@ -1,0 +1,1 @@
+"""How the demo checkpoint is made: text, tokenizer, training, quantisation. Needs the extra `train`."""
