@@ -81,7 +81,7 @@ _PRO = _COMMON | {
     "compress_ratios": [128, 128, *([4, 128] * 29), 4, 0],
 }
 
-# Every kind of layer at laptop size; the architecture of the bundled checkpoint.
+# Every kind of layer at laptop size; the bundled checkpoint is a wider one of the same plan.
 _TINY = _COMMON | {
     "vocab_size": 288,
     "hidden_size": 128,

@@ -195,7 +195,7 @@ def test_foreign_vocabulary_is_told(talk, tokenizer):
 
 def test_a_model_chats(tmp_path, tokenizer):
     """The pieces join to what `generate` gives for the same prompt."""
-    checkpoints.synth(with_layers(PRESETS["tiny"], 3), tmp_path / "small", seed=7)
+    checkpoints.synth(with_layers(PRESETS["tiny"], 3) | {"vocab_size": 768}, tmp_path / "small", seed=7)
     model = checkpoints.load(tmp_path / "small", max_tokens=256)
     chat = Session(model, tokenizer, ChatFormat.of_checkpoint(tmp_path / "small"), max_new_tokens=12)
     text = "".join(piece.text for piece in chat.ask("Who are you?"))
