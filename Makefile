@@ -7,16 +7,20 @@ BIN := $(VENV)/bin
 AOT := .venv-aot
 AOT_TESTS = $(shell grep -rl "mark.aot" tests --include="*.py")
 
-.PHONY: demo test oracle bench clean
+.PHONY: demo test kernels oracle bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dsv4 generate --prompt "And it came to pass in those days" --max-new-tokens 96 --drafts 1
 
-test: $(VENV)/.test $(AOT)/.aot
+test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not oracle and not aot"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not oracle and not aot and not interpreter"
+
+# The kernels one by one: in the interpreters, then compiled for TPUs and GPUs that are not there.
+kernels: $(VENV)/.test $(AOT)/.aot
+	$(BIN)/pytest -q -m "interpreter and not aot" tests/pallas_kernels tests/dsv4_jax/test_kernels_gpu.py
 	JAX_PLATFORMS=cpu $(AOT)/bin/pytest -q -n 2 --dist worksteal -m aot $(AOT_TESTS)
 
 oracle: $(VENV)/.test $(VENV)/.oracle

@@ -27,6 +27,8 @@ from dsv4_jax.kernels_gpu import GpuKernels
 from dsv4_jax.presets import PRESETS
 from pallas_kernels.chips import chip
 
+pytestmark = pytest.mark.interpreter
+
 if hasattr(plgpu, "InterpretGPUParams"):
     InterpretGPUParams = plgpu.InterpretGPUParams
 else:  # jax 0.10

@@ -21,6 +21,8 @@ from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_fp4
 from pallas_kernels.fp8_matmul.gpu_device import expand_text, factor_text, fragment_order, piece_place
 
+pytestmark = pytest.mark.interpreter
+
 if hasattr(plgpu, "InterpretGPUParams"):
     InterpretGPUParams = plgpu.InterpretGPUParams
 else:  # jax 0.10
@@ -60,7 +62,7 @@ def test_equals_the_sum(name):
     x, w, scale, values = operands(rows * len(experts), 3, N, K, packed)
     target = dataclasses.replace(chip(gpu), cores=cores)
     args = x, jnp.asarray(experts), jnp.asarray(used), w, scale
-    out = expert_matmul_gpu(*args, packed=packed, chip=target, interpret=InterpretGPUParams())
+    out = jax.block_until_ready(expert_matmul_gpu(*args, packed=packed, chip=target, interpret=InterpretGPUParams()))
     blocks = x.astype(jnp.float32).reshape(len(experts), rows, K)
     want = jnp.einsum("brk,bnk->brn", blocks, values[jnp.asarray(experts)], precision="highest")
     want = np.where(np.arange(len(experts))[:, None, None] < used, want, 0).reshape(-1, N)

@@ -14,6 +14,8 @@ from pallas_kernels.expert_matmul.tpu import TpuConfig, expert_matmul_tpu
 from pallas_kernels.expert_matmul.tuning import default_config
 from pallas_kernels.formats import decode_e2m1, decode_e8m0, unpack_fp4
 
+pytestmark = pytest.mark.interpreter
+
 BF16, F32, U8, E4M3 = jnp.bfloat16, jnp.float32, jnp.uint8, jnp.float8_e4m3fn
 STRICT = pltpu.InterpretParams()
 TOLERANCE = {BF16: 2**-8, F32: 2**-20}  # of the largest result: one rounding of it, or sums in another order
@@ -54,7 +56,9 @@ CASES = {
 def test_equals_the_reference(name):
     target, *sizes, config = CASES[name]
     args, packed, (rows, _, used) = operands(*sizes), sizes[5], sizes[:3]
-    got = expert_matmul_tpu(*args, packed=packed, chip=chip(target), config=config, interpret=STRICT)
+    got = jax.block_until_ready(
+        expert_matmul_tpu(*args, packed=packed, chip=chip(target), config=config, interpret=STRICT)
+    )
     want = expert_matmul(*args, packed=packed)
     assert got.dtype == want.dtype and got.shape == want.shape
     tolerance = TOLERANCE[want.dtype.type]
@@ -74,7 +78,7 @@ def test_every_code_under_many_scales_is_exact(rows):
     blocks = len(picks) // rows
     x = jnp.asarray(np.eye(K)[picks], BF16)
     args = x, jnp.zeros(blocks, jnp.int32), jnp.int32(blocks), w, scale
-    got = expert_matmul_tpu(*args, packed=True, chip=chip("v6e"), interpret=STRICT)
+    got = jax.block_until_ready(expert_matmul_tpu(*args, packed=True, chip=chip("v6e"), interpret=STRICT))
     want = decode_e2m1(unpack_fp4(w[0])) * jnp.repeat(decode_e8m0(scale[0]), 32, axis=1)
     np.testing.assert_array_equal(got.astype(F32), np.asarray(want)[:, picks].T)
 

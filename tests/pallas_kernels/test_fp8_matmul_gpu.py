@@ -25,6 +25,8 @@ from pallas_kernels.fp8_matmul import fp8_matmul, grouped_output_projection
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.fp8_matmul.gpu_device import matrix_place, widen_text
 
+pytestmark = pytest.mark.interpreter
+
 if hasattr(plgpu, "InterpretGPUParams"):
     InterpretGPUParams = plgpu.InterpretGPUParams
 else:  # jax 0.10
@@ -75,7 +77,9 @@ def test_equals_the_reference(name):
     gpu, cores, M, N, K, x_dtype, scale_dtype, out_dtype = CASES[name]
     x, w, scale, x_scale = operands(M, N, K, x_dtype, scale_dtype)
     options = {"x_scale": x_scale, "out_dtype": out_dtype}
-    out = fp8_matmul_gpu(x, w, scale, **options, chip=small(gpu, cores), interpret=InterpretGPUParams())
+    out = jax.block_until_ready(
+        fp8_matmul_gpu(x, w, scale, **options, chip=small(gpu, cores), interpret=InterpretGPUParams())
+    )
     want = np.asarray(fp8_matmul(x, w, scale, x_scale=x_scale, out_dtype=jnp.float32))
     assert out.dtype == out_dtype
     np.testing.assert_allclose(out.astype(np.float32), want, rtol=0, atol=TOLERANCE[out_dtype] * np.abs(want).max())
@@ -88,7 +92,9 @@ def test_grouped_projection_equals_the_reference():
     angles = jnp.asarray(rng.uniform(0, 6, (B, T, 32)), jnp.float32)
     _, w, scale, _ = operands(1, G * 128, H // G * D, E4M3, jnp.uint8)
     args = o, jnp.cos(angles), jnp.sin(angles), w, scale
-    out = grouped_output_projection_gpu(*args, groups=G, chip=small("H200", 3), interpret=InterpretGPUParams())
+    out = jax.block_until_ready(
+        grouped_output_projection_gpu(*args, groups=G, chip=small("H200", 3), interpret=InterpretGPUParams())
+    )
     want = np.asarray(grouped_output_projection(*args, groups=G), np.float32)
     assert out.dtype == o.dtype
     np.testing.assert_allclose(out.astype(np.float32), want, rtol=0, atol=2**-7 * np.abs(want).max())

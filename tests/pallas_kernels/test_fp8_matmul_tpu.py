@@ -14,6 +14,8 @@ from pallas_kernels.fp8_matmul import fp8_matmul, grouped_output_projection
 from pallas_kernels.fp8_matmul.tpu import TpuConfig, fp8_matmul_tpu, grouped_output_projection_tpu
 from pallas_kernels.fp8_matmul.tuning import default_config
 
+pytestmark = pytest.mark.interpreter
+
 E4M3, BF16, F32, U8 = jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32, jnp.uint8
 STRICT = pltpu.InterpretParams()
 TOLERANCE = {BF16: 2**-8, F32: 2**-20}  # of the largest result: one rounding of it, or sums in another order
@@ -67,7 +69,9 @@ def test_equals_the_reference(name):
     target, M, N, K, x_dtype, scale_dtype, x_scale_dtype, out_dtype, config = CASES[name]
     x, w, scale, x_scale = operands(M, N, K, x_dtype, scale_dtype, x_scale_dtype)
     options = {"x_scale": x_scale, "out_dtype": out_dtype}
-    got = fp8_matmul_tpu(x, w, scale, chip=chip(target), config=config, interpret=STRICT, **options)
+    got = jax.block_until_ready(
+        fp8_matmul_tpu(x, w, scale, chip=chip(target), config=config, interpret=STRICT, **options)
+    )
     check(got, fp8_matmul(x, w, scale, **options))
 
 
@@ -79,7 +83,9 @@ def test_every_code_under_many_scales_is_exact(target, fold):
     w = jax.lax.bitcast_convert_type(jnp.asarray(np.resize(bits, (256, 256))), E4M3)
     scale = jnp.asarray([[107, 127], [130, 147]], U8)
     config = TpuConfig(256, 256, 256, fold)
-    got = fp8_matmul_tpu(jnp.eye(256, dtype=BF16), w, scale, chip=chip(target), config=config, interpret=STRICT)
+    got = jax.block_until_ready(
+        fp8_matmul_tpu(jnp.eye(256, dtype=BF16), w, scale, chip=chip(target), config=config, interpret=STRICT)
+    )
     want = decode_e4m3(w) * jnp.repeat(jnp.repeat(decode_e8m0(scale), 128, 0), 128, 1)
     np.testing.assert_array_equal(got.astype(F32), want.T)
 
@@ -117,7 +123,9 @@ OUTPUT_CASES = {
 def test_output_projection_equals_the_reference(name):
     target, *sizes, config = OUTPUT_CASES[name]
     args, groups = output_operands(*sizes), sizes[4]
-    got = grouped_output_projection_tpu(*args, groups=groups, chip=chip(target), config=config, interpret=STRICT)
+    got = jax.block_until_ready(
+        grouped_output_projection_tpu(*args, groups=groups, chip=chip(target), config=config, interpret=STRICT)
+    )
     check(got, grouped_output_projection(*args, groups=groups))
 
 

@@ -21,6 +21,8 @@ from pallas_kernels.index_topk import index_topk_tpu, indices_from_bits_tpu, pic
 from pallas_kernels.index_topk.tuning import default_config
 from pallas_kernels.mask_bits import MaskBits, pack_mask, unpack_mask, words_for
 
+pytestmark = pytest.mark.interpreter
+
 D = 128
 STRICT = pltpu.InterpretParams()
 V6E = chip("v6e")

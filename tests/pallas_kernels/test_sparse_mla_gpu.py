@@ -25,6 +25,8 @@ from pallas_kernels.sparse_mla import FirstN, Indices, Mask, Window, sparse_mla
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 from pallas_kernels.sparse_mla.gpu_rows import piece_offset
 
+pytestmark = pytest.mark.interpreter
+
 if hasattr(plgpu, "InterpretGPUParams"):
     InterpretGPUParams = plgpu.InterpretGPUParams
 else:  # jax 0.10
@@ -56,7 +58,8 @@ def case(T: int, kind: str, seed: int = 0, heads: int = H):
 
 def run(*args, cores: int = 2, **options):
     small = dataclasses.replace(chip("H200"), cores=cores)  # fewer blocks for the interpreter to walk through
-    return sparse_mla_gpu(*args, scale=SCALE, chip=small, return_lse=True, interpret=InterpretGPUParams(), **options)
+    out = sparse_mla_gpu(*args, scale=SCALE, chip=small, return_lse=True, interpret=InterpretGPUParams(), **options)
+    return jax.block_until_ready(out)
 
 
 def log_sum_exp(q, positions, window, entries, picks, sinks):

@@ -19,6 +19,8 @@ from pallas_kernels.sparse_mla import FirstN, Indices, Mask, Window, sparse_mla
 from pallas_kernels.sparse_mla import tpu as kernel
 from pallas_kernels.sparse_mla.tuning import TpuConfig, default_config, gather_is_faster
 
+pytestmark = pytest.mark.interpreter
+
 FULL = bool(os.environ.get("DSV4_FULL_TESTS"))
 D, R, SCALE = 128, 16, 128**-0.5
 STRICT = pltpu.InterpretParams()
@@ -57,8 +59,8 @@ def inputs(T, H, kind, *, N=300, B=2, band=None, size=128, dtype=jnp.bfloat16, f
 
 def check(args, *, chip_name="v6e", want_args=None, **options):
     """Kernel and reference agree on output and log-sum-exp; -> the output."""
-    got, got_lse = kernel.sparse_mla_tpu(
-        *args, scale=SCALE, chip=chip(chip_name), return_lse=True, interpret=STRICT, **options
+    got, got_lse = jax.block_until_ready(
+        kernel.sparse_mla_tpu(*args, scale=SCALE, chip=chip(chip_name), return_lse=True, interpret=STRICT, **options)
     )
     want, want_lse = sparse_mla(*(want_args or args), scale=SCALE, return_lse=True)
     dtype = args[0].dtype.type
