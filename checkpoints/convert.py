@@ -30,7 +30,6 @@ from checkpoints.directories import clear_replaced, flush, make_directory, new_d
 from checkpoints.errors import CheckpointError
 from checkpoints.journal import Entry, Journal, file_digest, read_entries
 from checkpoints.layout import Layout, cut, orbax_metadata
-from checkpoints.memory import anonymous_bytes
 from checkpoints.names import Leaf, abstract_model, leaf_table
 from checkpoints.shards import DTYPES, INDEX
 from checkpoints.source import (
@@ -181,7 +180,7 @@ def convert(
     are checked, not written again. A destination that holds this very conversion is left as it is.
 
     Args:
-      max_memory: most bytes this process may hold besides the page cache, what it holds already included.
+      max_memory: most bytes to work in, on top of what the process holds already and of the page cache.
       workers: files written at a time; default two a core, at least 4 and at most 16.
       force: replace `dst` if it exists; it stays until its successor is whole.
       progress: called with (bytes of the source done, bytes in all), from any thread, one call at a time.
@@ -252,15 +251,14 @@ def _refuse_strange_work(dst: Path) -> None:
 
 
 def _share_memory(planned: Plan, max_memory: int, workers: int | None) -> tuple[int, int]:
-    """(workers, bytes of a band) that keep this process below `max_memory`."""
+    """(workers, bytes of a band) that keep the conversion below `max_memory`."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     count = workers or min(2 * max(os.cpu_count() or 1, 2), 16)  # while some wait for the disk, others compute
     least = max(_least_band(layout) for layout in planned.layouts.values())
-    held = anonymous_bytes()
-    share = (max_memory - held) // 3  # a band in the buffer, what checks and casts make of it, and reserve
+    share = max_memory // 3  # a band in the buffer, what checks and casts make of it, and reserve
     if share < least:
-        need = math.ceil((held + 3 * least) / 2**20)
+        need = math.ceil(3 * least / 2**20)
         raise CheckpointError(f"max_memory={max_memory} is too little: this conversion needs {need} MiB at least")
     count = min(count, share // least)
     return count, max(min(share // count, MOST_BAND), least)

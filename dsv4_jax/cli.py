@@ -85,7 +85,7 @@ def _explain(error: Exception) -> int:
 def convert(
     src: Annotated[Path, typer.Argument(help="Directory in the official format, or a hub id.")],
     dst: Annotated[Path, typer.Argument(help="Directory to write.")],
-    max_memory: Annotated[str, typer.Option(help="Most memory to hold besides the page cache.")] = "2GiB",
+    max_memory: Annotated[str, typer.Option(help="Most memory to work in, besides the page cache.")] = "2GiB",
     workers: Annotated[int | None, typer.Option(help="Files written at a time; default two a core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and write nothing.")] = False,
     force: Force = False,

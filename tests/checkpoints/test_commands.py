@@ -47,7 +47,7 @@ def test_dry_run_fails_where_the_disk_is_too_small(dsv4, tmp_path, monkeypatch):
 
 def test_convert_reports_its_peak_memory(dsv4, tmp_path):
     before = anonymous_bytes()
-    options = ("--workers", 2, "--max-memory", "3.5GiB", "--json")
+    options = ("--workers", 2, "--max-memory", "512MiB", "--json")
     status, out, _ = dsv4("convert", CALM, tmp_path / "out", *options)
     assert status == 0
     assert 0.5 * before < json.loads(out)["peak_memory_bytes"] < before + (1 << 30)
@@ -57,7 +57,7 @@ def test_convert_reports_its_peak_memory(dsv4, tmp_path):
     "options, says",
     [
         (("--max-memory", "plenty"), "--max-memory plenty: not a size; write 2GiB, 512MiB"),
-        (("--max-memory", "5MB"), "max_memory=5000000 is too little: this conversion needs"),
+        (("--max-memory", "5KB"), "max_memory=5000 is too little: this conversion needs"),
         (("--workers", 0), "workers=0 must be at least 1"),
     ],
 )
