@@ -20,11 +20,11 @@ from rich.table import Table
 
 import checkpoints
 import dsv4_jax
-from checkpoints.names import leaf_path
 from dsv4_jax.linear import Buffer
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.numerics import ExactNumerics
 from dsv4_jax.quantized import QuantizedArray, dequantize
+from dsv4_jax.sharding import leaf_path
 from training import corpus, dense
 from training.ngram import KneserNey
 

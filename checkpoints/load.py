@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from checkpoints.errors import CheckpointError
-from checkpoints.names import Leaf, leaf_path, leaf_table
+from checkpoints.names import Leaf, leaf_table
 from checkpoints.source import Source, open_source
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.rope import RopeTable
+from dsv4_jax.sharding import SINGLE, Parallel, leaf_path
 
 DEFAULT_MAX_TOKENS = 8192
 Partition = Callable[[str, tuple[int, ...]], PartitionSpec]
@@ -38,9 +39,11 @@ def load(
 
     Args:
       path: a directory in the official format, or one that `convert` wrote.
-      mesh: devices to place the weights on, replicated; default the first device alone.
-      partition: lays weights over the mesh instead: (leaf path, shape) -> PartitionSpec. Of a converted checkpoint a
-        process then reads no more than its devices hold, to within the size of a tile.
+      mesh: devices to run on, with axes called data, expert or model (see `dsv4_jax.sharding`, and `dsv4_jax.make_mesh`
+        for one that fits); default the first device alone. Of a converted checkpoint a process reads no more than its
+        devices hold, to within the size of a tile.
+      partition: for callers who lay weights over any mesh their own way, and call the layers themselves: (leaf path,
+        shape) -> PartitionSpec.
       max_tokens: longest sequence, prompt and continuation; default the smaller of the config's limit and 8,192.
       dtype: of activations and of weights stored unquantised; default bfloat16 on accelerators, float32 on CPU.
       kernels: platform strategy by name; "auto" chooses.
@@ -51,21 +54,23 @@ def load(
       CheckpointError: something is wrong with the files; the message names file and tensor.
       ValueError: an argument that does not fit.
     """
+    if partition and mesh is None:
+        raise ValueError("partition needs a mesh to lay the weights over; give mesh=")
     source = open_source(path)
     dtype = default_dtype(mesh) if dtype is None else _float(dtype, "dtype")
     cache_dtype = cache_dtype if cache_dtype in (None, "fp8") else _float(cache_dtype, "cache_dtype", "fp8")
     limit = _max_tokens(source.config, max_tokens)
     if source.config.draft == "dspark":
         warnings.warn(f"{path}: the DSpark drafter is not used; the model generates without drafts", stacklevel=2)
+    parallel = Parallel.over(mesh, source.config) if mesh is not None and partition is None else SINGLE
     options: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
+    options["parallel"] = parallel
     model = jax.eval_shape(lambda: DeepseekV4(source.config, max_tokens=limit, **options))
-    return fill(model, source, mesh, partition)
+    return fill(model, source, mesh, partition or (lambda path, shape: parallel.spec(path)))
 
 
 def fill(model: DeepseekV4, source: Source, mesh: Mesh | None, partition: Partition | None = None) -> DeepseekV4:
     """An abstract model with its parameters read from `source` and its RoPE tables computed, each once."""
-    if partition and mesh is None:
-        raise ValueError("partition needs a mesh to lay the weights over; give mesh=")
     table = leaf_table(model)
     source.check(table)
     sharding = NamedSharding(mesh, PartitionSpec()) if mesh else SingleDeviceSharding(jax.local_devices()[0])

@@ -19,6 +19,7 @@ from checkpoints.errors import CheckpointError
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.rope import Constant
+from dsv4_jax.sharding import leaf_path
 
 # How a tensor is stored officially. QUANT: `.weight` with, where quantised, a `.scale` beside it.
 BF16, F32, I64, QUANT = "BF16", "F32", "I64", "QUANT"
@@ -150,12 +151,6 @@ def carried_leaf(name: str, dtype: np.dtype, shape: Sequence[int]) -> Leaf:
 def abstract_model(config: ModelConfig) -> DeepseekV4:
     """The model's shapes, in the formats a checkpoint stores; nothing is allocated."""
     return jax.eval_shape(lambda: DeepseekV4(config, max_tokens=1, dtype=ml_dtypes.bfloat16))
-
-
-def leaf_path(keys) -> str:
-    """A key path of the model's tree as dotted names: `layers.0.self_attn.q_a_proj.data`."""
-    names = (str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys)
-    return ".".join(name for name in names if name != "value")
 
 
 def model_leaves(model: DeepseekV4) -> dict[str, jax.ShapeDtypeStruct | jax.Array]:

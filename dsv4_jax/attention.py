@@ -23,6 +23,7 @@ from dsv4_jax.linear import RMSNorm, rms_norm, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation, apply_rope
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
+from dsv4_jax.sharding import SINGLE, Parallel
 from pallas_kernels.sparse_mla import FirstN, Picks
 
 Branches = tuple[Callable[[], Any], ...]
@@ -39,9 +40,11 @@ class Attention(nnx.Module, abc.ABC):
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,
+        parallel: Parallel = SINGLE,
     ):
         heads, dim, quantization = config.num_attention_heads, config.head_dim, config.quantization
-        self.heads, self.dim, self.groups, self.window = heads, dim, config.o_groups, config.sliding_window
+        self.heads, self.groups = heads // parallel.model, config.o_groups // parallel.model  # on this device
+        self.dim, self.window, self.parallel = dim, config.sliding_window, parallel
         self.eps, self.ratio, self.rope_dim = config.rms_norm_eps, spec.ratio, config.qk_rope_head_dim
         self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
         linear = lambda rows, columns: weight((rows, columns), dtype, quantization, "fp8")
@@ -70,7 +73,7 @@ class Attention(nnx.Module, abc.ABC):
         out = self.kernels.sparse_mla(query, step.positions, window, entries, picks, sinks, scale=self.dim**-0.5)
         o_a, o_b = self.o_a_proj.get_value(), self.o_b_proj.get_value()
         out = self.kernels.output_projection(out[:, :, : self.heads], rotation, o_a, o_b, self.groups, self.numerics)
-        return out, dataclasses.replace(cache, window=ring)
+        return self.parallel.sum_model(out), dataclasses.replace(cache, window=ring)
 
     @abc.abstractmethod
     def inputs(self, x: jax.Array, step: Step) -> Branches:
@@ -138,8 +141,9 @@ class HcaAttention(Attention):
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,
+        parallel: Parallel = SINGLE,
     ):
-        super().__init__(config, spec, kernels, numerics, dtype, schedule)
+        super().__init__(config, spec, kernels, numerics, dtype, schedule, parallel)
         self.compressor = Compressor(config, spec, config.head_dim, dtype)
 
     def inputs(self, x, step):
@@ -164,8 +168,9 @@ class CsaAttention(Attention):
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,
+        parallel: Parallel = SINGLE,
     ):
-        super().__init__(config, spec, kernels, numerics, dtype, schedule)
+        super().__init__(config, spec, kernels, numerics, dtype, schedule, parallel)
         self.compressor = Compressor(config, spec, config.head_dim, dtype)
         self.indexer = Indexer(config, spec, kernels, numerics, dtype)
 

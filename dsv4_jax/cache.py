@@ -104,6 +104,11 @@ class Step:
         return self.start[:, None] + jnp.arange(self.tokens.shape[1], dtype=jnp.int32)
 
     @property
+    def real(self) -> jax.Array:
+        """bool [B, T]: which tokens are not padding."""
+        return jnp.arange(self.tokens.shape[1]) < self.count[:, None]
+
+    @property
     def end(self) -> jax.Array:
         return self.start + self.count
 

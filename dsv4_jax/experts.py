@@ -74,7 +74,7 @@ class Blocks:
 
 
 def make_blocks(index: jax.Array, experts: int, rows: int) -> Blocks:
-    """Expert ids [P] -> Blocks; at most min(P, P / rows + min(P, experts)) of them exist."""
+    """Expert ids [P] -> Blocks; at most min(P, P / rows + min(P, experts)) of them exist. Ids past them are in none."""
     P = index.shape[0]
     order = jnp.argsort(index, stable=True)
     counts = (index[:, None] == jnp.arange(experts)).sum(0)
@@ -96,21 +96,24 @@ def block_rows(pairs: int, experts: int) -> int:
     return 1 if mean <= 1 else min(MAX_BLOCK_ROWS, 1 << math.ceil(math.log2(mean)))
 
 
-def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics) -> jax.Array:
+def expert_mlp(
+    x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics, routed: int | None = None
+) -> jax.Array:
     """The routed experts' sum: only the products that were routed, expert by expert.
 
     Args:
       x: [n, M] tokens.
       index, weights: [n, A] expert ids and fp32 routing weights.
       gate_up, down: stacked [E, 2, F, M] and [E, M, F], quantised or not; one expert is expanded at a time.
+      routed: experts there are in all, where these are some of them: other ids (>= E) then give nothing.
     Returns:
       fp32 [n, M]. A token's sum has a fixed order, so it does not depend on the other tokens.
     """
     (n, A), experts = index.shape, down.shape[0]
-    P, rows = n * A, block_rows(n * A, experts)
+    P, rows = n * A, block_rows(n * A, routed or experts)
     x = numerics.activations(x, gate_up)
     flat = index.reshape(P)
-    if rows == 1:
+    if rows == 1 and not routed:
         blocks = Blocks(flat, jnp.arange(P)[:, None], jnp.int32(P), jnp.arange(P))
     else:
         blocks = make_blocks(flat, experts, rows)
@@ -123,12 +126,18 @@ def expert_mlp(x, index, weights, gate_up: Weight, down: Weight, limit: float, n
             token = jnp.minimum(pair, P - 1) // A
             return mlp(x[token], gate_up[expert], down[expert], limit, numerics, weights=padded[pair][:, None])
 
-        return None, jax.lax.cond(is_used, run, lambda: jnp.zeros((rows, x.shape[1]), x.dtype)) if rows > 1 else run()
+        nothing = lambda: jnp.zeros((rows, x.shape[1]), x.dtype)
+        return None, jax.lax.cond(is_used, run, nothing) if rows > 1 or routed else run()
 
     used = jnp.arange(blocks.expert.shape[0]) < blocks.used
     _, out = jax.lax.scan(run_block, None, (blocks.expert, blocks.pair, used))
-    picked = out.reshape(-1, x.shape[1])[blocks.slot].reshape(n, A, -1)
-    return picked.astype(jnp.float32).sum(1)
+    return add_up(out.reshape(-1, x.shape[1])[blocks.slot], index, experts, routed)
+
+
+def add_up(products: jax.Array, index: jax.Array, experts: int, routed: int | None) -> jax.Array:
+    """Products [n * A, M] of the pairs in index [n, A] -> fp32 [n, M]; those of experts held elsewhere are nothing."""
+    picked = products.reshape(*index.shape, -1).astype(jnp.float32)
+    return (jnp.where((index < experts)[..., None], picked, 0) if routed else picked).sum(1)
 
 
 def expert_mlp_in_blocks(
@@ -140,6 +149,7 @@ def expert_mlp_in_blocks(
     limit: float,
     numerics: Numerics,
     product: Product,
+    routed: int | None = None,
 ):
     """`expert_mlp` for a platform whose kernel takes all blocks at once: two grouped products instead of a loop.
 
@@ -148,10 +158,10 @@ def expert_mlp_in_blocks(
     """
     (n, A), experts = index.shape, down.shape[0]
     P = n * A
-    blocks = make_blocks(index.reshape(P), experts, block_rows(P, experts))
+    blocks = make_blocks(index.reshape(P), experts, block_rows(P, routed or experts))
     pair = blocks.pair.reshape(-1)
     rows = numerics.activations(x, gate_up)[jnp.minimum(pair, P - 1) // A]
     gate, up = jnp.split(product(rows, blocks.expert, blocks.used, joined(gate_up)), 2, axis=-1)
     share = jnp.where(pair < P, weights.reshape(P)[jnp.minimum(pair, P - 1)], 0)[:, None]
     out = product(hidden(gate, up, limit, numerics, down, share), blocks.expert, blocks.used, down)
-    return out[blocks.slot].reshape(n, A, -1).astype(jnp.float32).sum(1)
+    return add_up(out[blocks.slot], index, experts, routed)

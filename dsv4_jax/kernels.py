@@ -72,7 +72,9 @@ class ExpertKernels(abc.ABC):
     """What a platform must supply for the routed experts."""
 
     @abc.abstractmethod
-    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
+    def expert_mlp(
+        self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics, routed: int | None
+    ):
         """See `experts.expert_mlp`."""
 
 
@@ -105,8 +107,8 @@ class XlaKernels(Kernels):
         keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys
         return pick_entries_xla(q, weights, keys, visible, top_k=top_k)
 
-    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
-        return expert_mlp(x, index, weights, gate_up, down, limit, numerics)
+    def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
+        return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
 
 
 def grouped_output(o: jax.Array, rotation: Rotation, o_a: Weight, groups: int) -> jax.Array:
@@ -164,14 +166,14 @@ class TpuKernels(XlaKernels):
         as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
 
-    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
+    def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not (is_packed(gate_up) and is_packed(down)):
-            return expert_mlp(x, index, weights, gate_up, down, limit, numerics)
+            return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
 
         def product(rows, expert, used, w):
             return expert_matmul_tpu(rows, expert, used, w.data, w.scale, packed=w.packed, **self._options)
 
-        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product)
+        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product, routed)
 
 
 def is_packed(w: Weight) -> TypeGuard[QuantizedArray]:

@@ -73,12 +73,12 @@ class GpuKernels(XlaKernels):
         with or_xla():
             return sparse_mla_gpu(q, positions, window, entries, picks, sinks, scale=scale, **self._options)
 
-    def expert_mlp(self, x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics):
+    def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not (is_packed(gate_up) and is_packed(down)):
-            return expert_mlp(x, index, weights, gate_up, down, limit, numerics)
+            return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
         # XLA 0.10's Triton emitter cannot join the sum over a token's weights with the concatenation that follows.
         weights = jax.lax.optimization_barrier(weights)
-        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self._expert_product)
+        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self._expert_product, routed)
 
     def _expert_product(self, rows, expert, used, w: Weight) -> jax.Array:
         if not isinstance(w, QuantizedArray):  # `joined` expanded what its blocks span

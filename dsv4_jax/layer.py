@@ -15,6 +15,7 @@ from dsv4_jax.moe import SparseMoe
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
+from dsv4_jax.sharding import SINGLE, Parallel
 
 
 class DecoderLayer(nnx.Module):
@@ -28,13 +29,14 @@ class DecoderLayer(nnx.Module):
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,
+        parallel: Parallel = SINGLE,
     ):
         self.attn_hc = HyperConnection(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = ATTENTION[spec.kind](config, spec, kernels, numerics, dtype, schedule)
+        self.self_attn = ATTENTION[spec.kind](config, spec, kernels, numerics, dtype, schedule, parallel)
         self.ffn_hc = HyperConnection(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseMoe(config, spec, kernels, numerics, dtype, schedule)
+        self.mlp = SparseMoe(config, spec, kernels, numerics, dtype, schedule, parallel)
 
     def __call__(
         self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
@@ -44,7 +46,7 @@ class DecoderLayer(nnx.Module):
         out, cache = self.self_attn(self.input_layernorm(x), rope, cache, step)
         streams = self.attn_hc.expand(out, streams, post, comb)
         x, post, comb = self.ffn_hc.collapse(streams)
-        out = self.mlp(self.post_attention_layernorm(x), step.tokens)
+        out = self.mlp(self.post_attention_layernorm(x), step)
         return self.ffn_hc.expand(out, streams, post, comb), cache
 
 

@@ -16,6 +16,7 @@ from dsv4_jax.mtp import MtpLayer
 from dsv4_jax.numerics import Numerics, resolve_numerics
 from dsv4_jax.rope import RopeTable, rope_specs
 from dsv4_jax.schedule import AsyncSchedule
+from dsv4_jax.sharding import SINGLE, Parallel
 
 
 class DeepseekV4(nnx.Module):
@@ -30,6 +31,7 @@ class DeepseekV4(nnx.Module):
       cache_dtype: of KV rows and index keys; default `dtype`. "fp8" holds KV rows in 584 bytes (at the published sizes)
         and index keys in 4 bits where the numerics round them so, in 8 otherwise.
       schedule: the one that all layers share; default three lanes, streams where the strategy has them.
+      parallel: the mesh; parameters have their whole shapes, and calls belong inside `parallel.shard`.
     """
 
     def __init__(
@@ -42,17 +44,18 @@ class DeepseekV4(nnx.Module):
         numerics: str | Numerics = "auto",
         cache_dtype: jax.typing.DTypeLike | None = None,
         schedule: AsyncSchedule | None = None,
+        parallel: Parallel = SINGLE,
     ):
         kernels = resolve_kernels(kernels) if isinstance(kernels, str) else kernels
         numerics = resolve_numerics(numerics, config) if isinstance(numerics, str) else numerics
         dtype = jnp.dtype(dtype)
         self.config, self.max_tokens, self.dtype = config, max_tokens, dtype
         schedule = AsyncSchedule(streams=kernels.has_streams) if schedule is None else schedule
-        self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
+        self.kernels, self.numerics, self.schedule, self.parallel = kernels, numerics, schedule, parallel
         held = "fp8" if cache_dtype in ("fp8", jnp.float8_e4m3fn) else jnp.dtype(cache_dtype or dtype)
         self.cache_format = CacheFormat(held, numerics.index_format)
         self.embed_tokens = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
-        shared = (kernels, numerics, dtype, schedule)
+        shared = (kernels, numerics, dtype, schedule, parallel)
         self.layers = nnx.List([DecoderLayer(config, spec, *shared) for spec in config.layers])
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -92,11 +95,16 @@ class DeepseekV4(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, M]."""
-        return self.embed_tokens[...][tokens]
+        table = self.embed_tokens[...]
+        if self.parallel.model == 1:
+            return table[tokens]
+        index = tokens - self.parallel.model_index() * table.shape[0]
+        here = (index >= 0) & (index < table.shape[0])
+        return self.parallel.sum_model(jnp.where(here[..., None], table.at[index].get(mode="clip"), 0))
 
     def head(self, streams: jax.Array) -> jax.Array:
         """Streams [B, T, N, M] -> fp32 logits [B, T, V]."""
-        return matmul(self.norm(self.hc_head(streams)), self.lm_head[...])
+        return self._logits(self.norm(self.hc_head(streams)))
 
     def draft(self, index: int, streams, tokens, cache: LayerCache, start, count) -> tuple[jax.Array, LayerCache]:
         """MTP layer `index` over streams [B, T, N, M] at positions start .. and the tokens [B, T] that follow each."""
@@ -105,4 +113,7 @@ class DeepseekV4(nnx.Module):
     def draft_head(self, index: int, streams: jax.Array) -> jax.Array:
         """An MTP layer's streams -> fp32 logits [B, T, V], by its own collapse and norm and the shared LM head."""
         layer = self.mtp[index]
-        return matmul(layer.norm(layer.hc_head(streams)), self.lm_head[...])
+        return self._logits(layer.norm(layer.hc_head(streams)))
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        return self.parallel.gather_model(matmul(x, self.lm_head[...]))

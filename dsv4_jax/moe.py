@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv4_jax.cache import Step
 from dsv4_jax.config import LayerSpec, ModelConfig
+from dsv4_jax.dispatch import run_experts
 from dsv4_jax.experts import mlp
 from dsv4_jax.kernels import Kernels
 from dsv4_jax.linear import Buffer, matmul, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
+from dsv4_jax.sharding import SINGLE, Parallel
 
 
 def router_scores(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -51,16 +54,24 @@ class Router(nnx.Module):
 class Experts(nnx.Module):
     """Routed experts, stacked."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, numerics: Numerics, dtype):
+    def __init__(self, config: ModelConfig, kernels: Kernels, numerics: Numerics, dtype, parallel: Parallel = SINGLE):
         E, F, M = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         form = config.quantization.expert_format if config.quantization else "bf16"
         self.limit, self.kernels, self.numerics = config.swiglu_limit, kernels, numerics
+        self.count, self.parallel = E, parallel
         self.gate_up_proj = weight((E, 2, F, M), dtype, config.quantization, form)
         self.down_proj = weight((E, M, F), dtype, config.quantization, form)
 
-    def __call__(self, x: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, index: jax.Array, weights: jax.Array, real: jax.Array) -> jax.Array:
+        """x [n, M], expert ids and weights [n, A], which tokens are real [n] -> fp32 [n, M]; see `run_experts`."""
+        if self.parallel.expert_shards == 1:
+            return self._run(x, index, weights, None)
+        run = lambda x, index, weights: self._run(x, index, weights, self.count)
+        return run_experts(x, index, weights, real, self.count, self.parallel, run)
+
+    def _run(self, x: jax.Array, index: jax.Array, weights: jax.Array, routed: int | None) -> jax.Array:
         gate_up, down = self.gate_up_proj.get_value(), self.down_proj.get_value()
-        return self.kernels.expert_mlp(x, index, weights, gate_up, down, self.limit, self.numerics)
+        return self.kernels.expert_mlp(x, index, weights, gate_up, down, self.limit, self.numerics, routed)
 
 
 class SharedExpert(nnx.Module):
@@ -89,16 +100,18 @@ class SparseMoe(nnx.Module):
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,
+        parallel: Parallel = SINGLE,
     ):
-        self.schedule = schedule
+        self.schedule, self.parallel = schedule, parallel
         self.gate = Router(config, spec, dtype)
-        self.experts = Experts(config, kernels, numerics, dtype)
+        self.experts = Experts(config, kernels, numerics, dtype, parallel)
         self.shared_experts = SharedExpert(config, kernels, numerics, dtype)
 
-    def __call__(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        """x [B, T, M], tokens int32 [B, T] -> [B, T, M]."""
-        flat = x.reshape(-1, x.shape[-1])
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        """x [B, T, M] -> [B, T, M]."""
+        flat, tokens, real = x.reshape(-1, x.shape[-1]), step.tokens.reshape(-1), step.real.reshape(-1)
         routed, shared = self.schedule.fork(
-            lambda: self.experts(flat, *self.gate(flat, tokens.reshape(-1))), lambda: self.shared_experts(flat), lane=2
+            lambda: self.experts(flat, *self.gate(flat, tokens), real), lambda: self.shared_experts(flat), lane=2
         )
-        return (routed + shared.astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
+        out = self.parallel.sum_model(routed + shared.astype(jnp.float32))
+        return out.astype(x.dtype).reshape(x.shape)

@@ -14,6 +14,7 @@ from dsv4_jax.linear import RMSNorm, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
+from dsv4_jax.sharding import SINGLE, Parallel
 
 
 class MtpLayer(nnx.Module):
@@ -27,6 +28,7 @@ class MtpLayer(nnx.Module):
         numerics: Numerics,
         dtype,
         schedule: AsyncSchedule = IN_ORDER,
+        parallel: Parallel = SINGLE,
     ):
         M = config.hidden_size
         self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
@@ -34,7 +36,7 @@ class MtpLayer(nnx.Module):
         self.hnorm = RMSNorm(M, config.rms_norm_eps)
         self.e_proj = weight((M, M), dtype, config.quantization, "fp8")
         self.h_proj = weight((M, M), dtype, config.quantization, "fp8")
-        self.block = DecoderLayer(config, spec, kernels, numerics, dtype, schedule)
+        self.block = DecoderLayer(config, spec, kernels, numerics, dtype, schedule, parallel)
         self.hc_head = HyperHead(config)
         self.norm = RMSNorm(M, config.rms_norm_eps)
 

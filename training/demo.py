@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from checkpoints.names import abstract_model, leaf_path, model_leaves
+from checkpoints.names import abstract_model, model_leaves
 from checkpoints.save import save
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.model import DeepseekV4
@@ -31,6 +31,7 @@ from dsv4_jax.numerics import ExactNumerics, Numerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import QuantizedArray, dequantize, quantize_fp4, quantize_fp8
 from dsv4_jax.random_weights import random_weights
+from dsv4_jax.sharding import leaf_path
 from pallas_kernels.formats import decode_e8m0, fp4_scale, fp8_scale, hadamard, round_e2m1, round_e4m3
 from training import corpus, dense, optimizer
 

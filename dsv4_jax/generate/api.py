@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from dsv4_jax.generate import decode
 from dsv4_jax.generate.decode import Shapes
@@ -109,39 +111,64 @@ def _ready(model: DeepseekV4) -> tuple[_Structure, list[jax.Array]]:
     return _split(_expand(*_split(model)))
 
 
-def _compiled(static: tuple[str, ...] = (), donate: tuple[str, ...] = ()):
-    """jit a function of a model, given as its structure and its arrays."""
+def _compiled(rows: Sequence[str], out: Callable[[P], Any] = lambda row: P(), *, donate: Sequence[str] = ()):
+    """jit a function of a model, given as its structure and its arrays, over the model's mesh.
+
+    Positional arguments are arrays: those called `rows` are split as the batch is, others are on every device; keyword
+    arguments are static. out: how results are laid out, given the layout of rows.
+    """
 
     def wrap(function):
-        @functools.wraps(function)
-        def call(structure, leaves, *args, **kwargs):
-            return function(jax.tree.unflatten(structure.treedef, leaves), *args, **kwargs)
+        names = list(inspect.signature(function).parameters)[1:]
 
-        return jax.jit(call, static_argnums=0, static_argnames=static, donate_argnames=donate)
+        def call(structure, leaves, *args, **static):
+            model = jax.tree.unflatten(structure.treedef, leaves)
+            parallel = model.parallel
+            specs = [parallel.batch_spec if name in rows else P() for name, _ in zip(names, args, strict=False)]
+            run = parallel.shard(
+                functools.partial(function, **static), (parallel.specs(model), *specs), out(parallel.batch_spec)
+            )
+            return run(model, *args)
+
+        call.__name__ = function.__name__
+        static = [name for name in names if name in ("shapes", "drafter")]
+        donated = [2 + names.index(name) for name in donate]
+        return jax.jit(call, static_argnums=0, static_argnames=static, donate_argnums=donated)
 
     return wrap
 
 
-@_compiled()
-def _expand(model):
+@functools.partial(jax.jit, static_argnums=0)
+def _expand(structure, leaves):
+    model = jax.tree.unflatten(structure.treedef, leaves)
     return expand(model, model.dtype)
 
 
-_generate = _compiled(static=("shapes", "drafter"))(decode.generate_tokens)
-_score = _compiled(static=("shapes",))(decode.score_tokens)
+@_compiled(rows=("tokens", "lengths", "limit", "keys"))
+def _generate(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter):
+    keys = jax.random.wrap_key_data(keys)
+    return decode.generate_tokens(model, tokens, lengths, limit, sampler, keys, stop, shapes, drafter)
 
 
-@_compiled(static=("shapes", "drafter"))
+@_compiled(rows=("tokens", "lengths"))
+def _score(model, tokens, lengths, *, shapes):
+    return decode.score_tokens(model, tokens, lengths, shapes)
+
+
+@_compiled(rows=("tokens", "lengths", "limit", "keys"), out=lambda row: (row, P()))
 def _start(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter):
     prompted = decode.prefill(model, tokens, lengths, shapes, drafter)
-    return decode.first_token(model, prompted, sampler, keys, stop, limit, drafter)
+    keys, gather = jax.random.wrap_key_data(keys), model.parallel.gather_rows
+    state = decode.first_token(model, prompted, sampler, keys, stop, limit, drafter)
+    return state, (gather(state.token), gather(state.done))
 
 
-@_compiled(static=("drafter",), donate=("state",))
-def _step(model, limit, sampler, keys, stop, *, state, drafter):
+@_compiled(rows=("limit", "keys", "state"), out=lambda row: (row, P()), donate=("state",))
+def _step(model, limit, sampler, keys, stop, state, *, drafter):
     # What the host fetches while the next step runs must not be part of the donated state.
+    keys, gather = jax.random.wrap_key_data(keys), model.parallel.gather_rows
     state, new = decode.decode_step(model, state, sampler, keys, stop, limit, drafter)
-    return state, (new, state.done | False)
+    return state, (gather(new), gather(state.done | False))
 
 
 def logits(model: DeepseekV4, tokens, lengths=None) -> jax.Array:
@@ -158,8 +185,8 @@ def logits(model: DeepseekV4, tokens, lengths=None) -> jax.Array:
     tokens, lengths = _check_prompts(model, tokens, lengths)
     _check_room(model, lengths, 0)
     shapes = Shapes.of(tokens.shape[1], 0, model.max_tokens)
-    out = _score(*_ready(model), _pad(tokens, shapes.prompt), lengths, shapes=shapes)
-    return out[:, : tokens.shape[1]]
+    out = _score(*_ready(model), *_fill_shards(model, _pad(tokens, shapes.prompt), lengths), shapes=shapes)
+    return out[: len(tokens), : tokens.shape[1]]
 
 
 def generate(
@@ -188,18 +215,15 @@ def generate(
       ValueError: before any work, for anything that does not fit; the message says what to change.
     """
     request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts)
-    began = time.perf_counter()
-    limit = np.int32(max_new_tokens)
-    out = _generate(
-        *_ready(model), *request.prompts, limit, *request.choice, shapes=request.shapes, drafter=request.drafter
-    )
+    began, rows = time.perf_counter(), request.rows
+    out = _generate(*_ready(model), *request.inputs, shapes=request.shapes, drafter=request.drafter)
     out = jax.device_get(out)
     seconds = time.perf_counter() - began
-    new = int(out.lengths.sum())
+    lengths, prompts = out.lengths[:rows], request.inputs[1][:rows]
     accepted = tuple(out.accepted.tolist())
     drafted = int(out.offered) * len(accepted)
-    stats = Stats(int(request.prompts[1].sum()), new, 1 + int(out.steps), seconds, drafted, accepted)
-    return Generation(out.tokens[:, :max_new_tokens], out.lengths, stats)
+    stats = Stats(int(prompts.sum()), int(lengths.sum()), 1 + int(out.steps), seconds, drafted, accepted)
+    return Generation(out.tokens[:rows, :max_new_tokens], lengths, stats)
 
 
 def stream(
@@ -219,13 +243,14 @@ def stream(
 
 
 def _events(model: DeepseekV4, request: _Request, limit: int) -> Iterator[StreamEvent]:
-    parts, drafter = _ready(model), request.drafter
-    state = _start(*parts, *request.prompts, np.int32(limit), *request.choice, shapes=request.shapes, drafter=drafter)
-    first, done = jax.device_get((state.token, state.done))
+    parts, drafter, rows = _ready(model), request.drafter, request.rows
+    state, begun = _start(*parts, *request.inputs, shapes=request.shapes, drafter=drafter)
+    first, done = (x[:rows] for x in jax.device_get(begun))
     yield StreamEvent(0, first, done)
-    step = lambda state: _step(*parts, np.int32(limit), *request.choice, state=state, drafter=drafter)
+    step = lambda state: _step(*parts, *request.inputs[2:], state, drafter=drafter)
     number, rounds = 1, 0 if done.all() else limit - 1
     for new, done_after in model.schedule.run(step, state, rounds):
+        new, done_after = new[:rows], done_after[:rows]
         for event in _one_by_one(new, done, done_after, number):
             yield event
             number += 1
@@ -243,10 +268,13 @@ def _one_by_one(new: np.ndarray, before: np.ndarray, after: np.ndarray, number: 
 
 @dataclass(frozen=True)
 class _Request:
-    """A checked request: padded prompts with their lengths, how tokens are chosen, and the shapes to compile for."""
+    """A checked request: `rows` sequences, what the programs take, and the shapes to compile for.
 
-    prompts: tuple[np.ndarray, np.ndarray]
-    choice: tuple[Sampler, jax.Array, np.ndarray]  # sampler, keys, stop ids
+    inputs: tokens and lengths, limit, sampler, key data, stop ids; rows are filled up to what the mesh divides.
+    """
+
+    rows: int
+    inputs: tuple[Any, ...]
     shapes: Shapes
     drafter: Drafter | None
 
@@ -264,8 +292,18 @@ class _Request:
         _check_ids(model, stop, "stop_ids")
         stop = np.concatenate([stop, np.full(8 - len(stop) % 8, -2)]).astype(np.int32)
         shapes = Shapes.of(tokens.shape[1], int(max_new_tokens), model.max_tokens)
-        keys = row_keys(_check_seed(seed, len(tokens)), len(tokens))
-        return cls((_pad(tokens, shapes.prompt), lengths), (sampler, keys, stop), shapes, drafter)
+        rows = len(tokens)
+        keys = np.asarray(jax.random.key_data(row_keys(_check_seed(seed, rows), rows)))
+        limit = np.full(rows, max_new_tokens, np.int32)
+        tokens, lengths, limit, keys = _fill_shards(model, _pad(tokens, shapes.prompt), lengths, limit, keys)
+        return cls(rows, (tokens, lengths, limit, sampler, keys, stop), shapes, drafter)
+
+
+def _fill_shards(model: DeepseekV4, *rows: np.ndarray) -> list[np.ndarray]:
+    """Rows filled up to what the mesh divides: one-token prompts of token 0 (or 1) that want one new token."""
+    extra = -len(rows[0]) % model.parallel.rows
+    blank = lambda x: np.broadcast_to(np.asarray(x.ndim == 1, x.dtype), (extra, *x.shape[1:]))
+    return [np.concatenate([x, blank(x)]) if extra else x for x in rows]
 
 
 def _drafter(model: DeepseekV4, drafts: int) -> Drafter | None:

@@ -111,7 +111,8 @@ def prefill(
     if shapes.prompt == chunk:
         _, last, cache, memory = run_chunk(carry)
     else:
-        _, last, cache, memory = jax.lax.while_loop(lambda c: c[0] * chunk < lengths.max(), run_chunk, carry)
+        longest = model.parallel.largest(lengths.max())
+        _, last, cache, memory = jax.lax.while_loop(lambda c: c[0] * chunk < longest, run_chunk, carry)
     return Prompted(model.head(last[:, None])[:, 0], last, cache, memory)
 
 
@@ -134,7 +135,7 @@ def decode_step(
     """One step for every unfinished row: its last token, and its drafts, go through the model.
 
     Args:
-      keys: one PRNG key per row; stop: int32 [K] ids that end a row; limit: int32 [], new tokens wanted per row.
+      keys: one PRNG key per row; stop: int32 [K] ids that end a row; limit: int32 [] or [B], new tokens wanted.
     Returns:
       The state, and the new tokens int32 [B, 1 + drafts], padded with -1. Finished rows keep their cache.
     """
@@ -173,7 +174,7 @@ def generate_tokens(
 
     Args:
       tokens, lengths: int32 [B, shapes.prompt] right-padded, int32 [B].
-      limit: int32 [], new tokens wanted, 1 .. shapes.new.
+      limit: int32 [] or [B], new tokens wanted, 1 .. shapes.new.
       keys: one PRNG key per row; stop: int32 [K] ids that end a row, padded with -2.
       drafter: who guesses tokens ahead; it changes how long this takes and nothing else.
     """
@@ -183,15 +184,24 @@ def generate_tokens(
     out = jnp.full((B, shapes.new), -1, jnp.int32).at[:, 0].set(state.token)
 
     def body(carry):
-        state, out, steps = carry
+        state, out, steps, _ = carry
         after, new = decode_step(model, state, sampler, keys, stop, limit, drafter)
         slot = jnp.where(new >= 0, state.produced[:, None] + jnp.arange(new.shape[1]), shapes.new)
-        return after, out.at[jnp.arange(B)[:, None], slot].set(new, mode="drop"), steps + 1
+        out = out.at[jnp.arange(B)[:, None], slot].set(new, mode="drop")
+        return after, out, steps + 1, is_unfinished(model, after)
 
-    state, out, steps = jax.lax.while_loop(lambda c: ~c[0].done.all(), body, (state, out, jnp.int32(0)))
-    none = (jnp.zeros(0, jnp.int32), jnp.int32(0))
-    accepted, offered = none if state.drafts is None else (state.drafts.accepted, state.drafts.offered)
-    return Decoded(out, state.produced, steps, accepted, offered)
+    carry = (state, out, jnp.int32(0), is_unfinished(model, state))
+    state, out, steps, _ = jax.lax.while_loop(lambda c: c[3], body, carry)
+    accepted, offered = jnp.zeros((B, 0), jnp.int32), jnp.zeros((B,), jnp.int32)
+    if state.drafts is not None:
+        accepted, offered = state.drafts.accepted, state.drafts.offered
+    gather, add = model.parallel.gather_rows, model.parallel.sum_rows
+    return Decoded(gather(out), gather(state.produced), steps, add(accepted.sum(0)), add(offered.sum()))
+
+
+def is_unfinished(model: DeepseekV4, state: DecodeState) -> jax.Array:
+    """Whether any row of any shard is."""
+    return model.parallel.largest((~state.done).any().astype(jnp.int32)) > 0
 
 
 def score_tokens(model: DeepseekV4, tokens: jax.Array, lengths: jax.Array, shapes: Shapes) -> jax.Array:
@@ -204,6 +214,6 @@ def score_tokens(model: DeepseekV4, tokens: jax.Array, lengths: jax.Array, shape
 
     cache = model.init_cache(tokens.shape[0], shapes.capacity)
     if shapes.prompt == shapes.chunk:
-        return run_chunk(cache, jnp.int32(0))[1]
+        return model.parallel.gather_rows(run_chunk(cache, jnp.int32(0))[1])
     _, logits = jax.lax.scan(run_chunk, cache, jnp.arange(shapes.prompt // shapes.chunk))
-    return jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, -1)
+    return model.parallel.gather_rows(jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, -1))

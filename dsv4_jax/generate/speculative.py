@@ -103,8 +103,8 @@ class Drafts:
 
     tokens: jax.Array  # int32 [B, K]
     memory: Any
-    accepted: jax.Array  # int32 [K]
-    offered: jax.Array  # int32 [], rows times steps in which drafts were checked
+    accepted: jax.Array  # int32 [B, K]
+    offered: jax.Array  # int32 [B], steps in which drafts were checked
 
 
 def count_accepted(drafts: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ def first_drafts(model, drafter: Drafter, memory, streams, token, end, sampler, 
     one = jnp.ones_like(end)
     memory, seen = drafter.observe(model, memory, streams[:, None], token[:, None], end - 1, one)
     tokens, memory = drafter.propose(model, memory, seen, end, sampler, keys, one)
-    return Drafts(tokens, memory, jnp.zeros(drafter.count, jnp.int32), jnp.int32(0))
+    return Drafts(tokens, memory, jnp.zeros(tokens.shape, jnp.int32), jnp.zeros_like(end))
 
 
 def next_drafts(model, drafter: Drafter, drafts: Drafts, streams, chosen, kept, start, sampler, keys, first) -> Drafts:
@@ -126,5 +126,4 @@ def next_drafts(model, drafter: Drafter, drafts: Drafts, streams, chosen, kept, 
     tokens, memory = drafter.propose(model, memory, seen, start + kept, sampler, keys, first)
     right = jnp.arange(drafter.count) < count_accepted(drafts.tokens, chosen)[:, None]
     active = kept > 0
-    accepted = drafts.accepted + (right & active[:, None]).sum(0, dtype=jnp.int32)
-    return Drafts(tokens, memory, accepted, drafts.offered + active.sum(dtype=jnp.int32))
+    return Drafts(tokens, memory, drafts.accepted + (right & active[:, None]), drafts.offered + active)

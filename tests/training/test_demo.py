@@ -10,11 +10,11 @@ from flax import nnx
 
 import checkpoints
 import dsv4_jax
-from checkpoints.names import leaf_path
 from checkpoints.save import save
 from dsv4_jax.numerics import OfficialNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import round_fp8
+from dsv4_jax.sharding import leaf_path
 from training import dense
 from training.ngram import KneserNey
 
