@@ -12,7 +12,6 @@ Axes of the mesh, any of which may be absent:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv4_jax.config import ModelConfig
@@ -52,10 +51,10 @@ class Parallel:
     data: int = 1
     expert: int = 1
     model: int = 1
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
 
     @classmethod
-    def over(cls, mesh: Mesh, config: ModelConfig) -> Parallel:
+    def over(cls, mesh: Mesh | AbstractMesh, config: ModelConfig) -> Parallel:
         """The axes of `mesh`, checked against `config`.
 
         Raises:
@@ -218,16 +217,15 @@ def parse_mesh(text: str, config: ModelConfig, devices: Sequence[jax.Device] | N
     devices = jax.devices() if devices is None else devices
     if text in PRESETS:
         return make_mesh(config, text, devices)
+    return named_mesh(sizes_of(text), devices)
+
+
+def sizes_of(text: str) -> dict[str, int]:
+    """ "data=2,expert=4" -> the size of every axis, 1 where none is given."""
     try:
         sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in text.split(","))}
     except ValueError:
         sizes = {}
     if not sizes or set(sizes) - set(AXES) or min(sizes.values()) < 1:
         raise ValueError(f"mesh {text!r}: write {' or '.join(PRESETS)}, or sizes such as data=2,expert=4,model=1")
-    return named_mesh(sizes, devices)
-
-
-@functools.lru_cache(maxsize=1)
-def initialize_distributed(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """`jax.distributed.initialize`, once a process; without arguments the cluster is detected."""
-    jax.distributed.initialize(coordinator, processes, process)
+    return {name: sizes.get(name, 1) for name in AXES}
