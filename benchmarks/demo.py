@@ -6,7 +6,9 @@ Everything is the bundled checkpoint as it is shipped, with official numerics, u
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from rich.table import Table
 
 import checkpoints
 import dsv4_jax
+from dsv4_jax.generate import Stats
 from dsv4_jax.linear import Buffer
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.numerics import ExactNumerics
@@ -29,6 +32,7 @@ from training import corpus, dense
 from training.ngram import KneserNey
 
 ROW, LONG = 512, 4096
+PARTS = ("perplexity", "quantisation", "indexer", "agreement", "speed", "needle", "text")
 PROMPTS = ("In the beginning God", "And the king said unto", "Blessed are they that")
 
 
@@ -40,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unquantised", type=Path, help="params.npz of the training run, to measure what rounding costs"
     )
     parser.add_argument("--rows", type=int, default=24, help=f"held-out rows of {ROW} tokens to score")
+    parser.add_argument("--only", choices=PARTS, help="measure this alone")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate for each draft count")
 
 
@@ -51,16 +56,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     training, held_out = corpus.split_text(corpus.read_text())
     seen, unseen = corpus.encode(tokenizer, training), corpus.encode(tokenizer, held_out)
     rows = held_out_rows(unseen, ROW)[: args.rows]
-    exact = exact_model(args.model, model)
-    return {
-        "perplexity": perplexities(model, tokenizer, rows, seen),
-        "quantisation": quantisation(args, model, rows),
-        "indexer": indexer_recall(exact, held_out_rows(unseen, LONG)),
-        "agreement": agreement(exact, rows),
-        "speed": speed(model, held_out_rows(unseen, 128)[:8], args.new),
-        "needle": needle(model, tokenizer, unseen),
-        "text": {prompt: continuation(model, tokenizer, prompt) for prompt in PROMPTS},
+    exact = functools.cache(partial(exact_model, args.model, model))
+    measures: dict[str, Callable[[], Any]] = {
+        "perplexity": lambda: perplexities(model, tokenizer, rows, seen),
+        "quantisation": lambda: quantisation(args, model, rows),
+        "indexer": lambda: indexer_recall(exact(), held_out_rows(unseen, LONG)),
+        "agreement": lambda: agreement(exact(), rows),
+        "speed": lambda: speed(model, held_out_rows(unseen, 128)[:8], args.new),
+        "needle": lambda: needle(model, tokenizer, unseen),
+        "text": lambda: {prompt: continuation(model, tokenizer, prompt) for prompt in PROMPTS},
     }
+    return {part: measures[part]() for part in ([args.only] if args.only else PARTS)}
 
 
 def held_out_rows(texts: list[np.ndarray], length: int) -> np.ndarray:
@@ -183,21 +189,28 @@ def agreement(model: DeepseekV4, rows: np.ndarray) -> float:
 
 def speed(model: DeepseekV4, prompts: np.ndarray, new: int) -> dict[str, Any]:
     """Greedy text after held-out prompts, one at a time: tokens/s with 0 .. 4 drafts, compiled beforehand."""
-    found: dict[str, Any] = {}
-    for drafts in range(5):
-        generate = partial(dsv4_jax.generate, model, max_new_tokens=new, drafts=drafts)
-        generate(prompts[0])
-        runs = [generate(prompt).stats for prompt in prompts]
-        checked = sum(s.drafted // max(1, drafts) for s in runs)
-        accepted = np.sum([s.accepted for s in runs], axis=0) if drafts else np.zeros(0)
-        found[str(drafts)] = {
-            "tokens_per_second": sum(s.new_tokens for s in runs) / sum(s.seconds for s in runs),
-            "acceptance": (accepted / max(1, checked)).tolist(),
-        }
+    generate = partial(dsv4_jax.generate, model, max_new_tokens=new)
+    counts, runs = range(5), {drafts: [] for drafts in range(5)}
+    for drafts in counts:
+        generate(prompts[0], drafts=drafts)
+    for prompt in prompts:  # each count in turn, so that a machine that slows down slows all of them
+        for drafts in counts:
+            runs[drafts].append(generate(prompt, drafts=drafts).stats)
+    found = {str(drafts): rate_of(runs[drafts]) for drafts in counts}
     plain = found["0"]["tokens_per_second"]
     for figures in found.values():
         figures["speedup"] = figures["tokens_per_second"] / plain
     return found
+
+
+def rate_of(runs: list[Stats]) -> dict[str, Any]:
+    """Tokens/s over all runs, and how often the drafts of each position were right."""
+    accepted = np.sum([run.accepted for run in runs], axis=0)
+    checked = sum(run.drafted for run in runs) // max(1, accepted.size)
+    return {
+        "tokens_per_second": sum(run.new_tokens for run in runs) / sum(run.seconds for run in runs),
+        "acceptance": (accepted / max(1, checked)).tolist(),
+    }
 
 
 NEEDLE, QUESTION = "And the name of the stranger was {name}.\n", "And the name of the stranger was"
@@ -231,28 +244,59 @@ def continuation(model: DeepseekV4, tokenizer, prompt: str, new: int = 60) -> st
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    found = result["perplexity"]
+    for part, found in result.items():
+        SHOWN[part](found, console)
+
+
+def show_perplexity(found: dict[str, Any], console: Console) -> None:
     table = Table("held-out text", "perplexity per token", "per character", "bits per character")
     for name in ("model", "5-gram"):
         table.add_row(name, *(f"{value:.4g}" for value in found[name].values()))
     console.print(table)
-    q, index, needles = result["quantisation"], result["indexer"], result["needle"]
-    known = ", ".join(f"{name} {q[name]:.3f}" for name in ("official", "exact", "unquantised") if name in q)
-    console.print(f"perplexity by numerics: {known}; rounding costs {q['loss_percent']:.2f} %")
+
+
+def show_quantisation(found: dict[str, float], console: Console) -> None:
+    known = ", ".join(f"{name} {found[name]:.3f}" for name in ("official", "exact", "unquantised") if name in found)
+    console.print(f"perplexity by numerics: {known}; rounding costs {found['loss_percent']:.2f} %")
+
+
+def show_indexer(found: dict[str, Any], console: Console) -> None:
     console.print(
-        f"indexer: {index['picks']} of {index['entries']} entries hold {index['recall']:.3f} of the attention, "
-        f"{index['over_random']:.1f} times what random ones would"
+        f"indexer: {found['picks']} of {found['entries']} entries hold {found['recall']:.3f} of the attention, "
+        f"{found['over_random']:.1f} times what random ones would"
     )
-    console.print(f"first draft equals the model's own choice on held-out text: {result['agreement']:.3f}")
+
+
+def show_agreement(found: float, console: Console) -> None:
+    console.print(f"first draft equals the model's own choice on held-out text: {found:.3f}")
+
+
+def show_speed(found: dict[str, Any], console: Console) -> None:
     table = Table("drafts", "tokens/s", "speed-up", "acceptance by position")
-    for drafts, s in result["speed"].items():
+    for drafts, s in found.items():
         shares = " ".join(f"{x:.2f}" for x in s["acceptance"])
         table.add_row(drafts, f"{s['tokens_per_second']:.1f}", f"{s['speedup']:.2f}", shares)
     console.print(table)
-    depths = " ".join(f"{x:.1f}" for x in needles["by_depth"])
-    console.print(
-        f"needle at each tenth of 4,000 tokens: {depths} (mean {needles['mean']:.2f}, chance {needles['chance']})"
-    )
-    for text in result["text"].values():
+
+
+def show_needle(found: dict[str, Any], console: Console) -> None:
+    depths = " ".join(f"{x:.1f}" for x in found["by_depth"])
+    mean = f"mean {found['mean']:.2f}, chance {found['chance']}"
+    console.print(f"needle at each tenth of 4,000 tokens: {depths} ({mean})")
+
+
+def show_text(found: dict[str, str], console: Console) -> None:
+    for text in found.values():
         console.print(text, markup=False, highlight=False)
         console.print()
+
+
+SHOWN: dict[str, Callable[[Any, Console], None]] = {
+    "perplexity": show_perplexity,
+    "quantisation": show_quantisation,
+    "indexer": show_indexer,
+    "agreement": show_agreement,
+    "speed": show_speed,
+    "needle": show_needle,
+    "text": show_text,
+}

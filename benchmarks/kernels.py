@@ -1,9 +1,12 @@
-"""What the TPU kernels should take, from the vendor's compiler alone: no TPU is needed, and no time here is measured.
+"""What the kernels should take, from the vendors' compilers alone: no TPU or GPU is needed, and no time is measured.
 
-estimate = max(static cycles / clock, bytes / HBM bandwidth). The cycles are libtpu's own schedule of the kernel, with
-its copies; they ignore contention for HBM. Bytes and FLOPs are those the operation cannot do without, counted by hand;
-roofline = the longer of bytes at peak bandwidth and FLOPs at peak rate (fp8 peak where 8-bit operands meet an MXU that
-is faster with them). `around` is XLA's estimate for what it does before and after the kernel.
+On TPUs, estimate = max(static cycles / clock, bytes / HBM bandwidth). The cycles are libtpu's own schedule of the
+kernel, with its copies; they ignore contention for HBM. Bytes and FLOPs are those the operation cannot do without,
+counted by hand; roofline = the longer of bytes at peak bandwidth and FLOPs at peak rate (fp8 peak where 8-bit operands
+meet an MXU that is faster with them). `around` is XLA's estimate for what it does before and after the kernel.
+
+On GPUs, what ptxas says: registers of a thread, spilled bytes, shared memory of a block; and what these leave room for,
+blocks on one multiprocessor and their share of the threads it can hold.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +27,15 @@ from rich.table import Table
 
 from pallas_kernels.aot import Case, roofline_seconds, run_cases
 from pallas_kernels.chips import TPUS, Chip, chip
+from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
+from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
 from pallas_kernels.index_topk import index_topk_tpu
 from pallas_kernels.index_topk import tuning as index_tuning
 from pallas_kernels.sparse_mla import FirstN, Window
 from pallas_kernels.sparse_mla import tuning as mla_tuning
+from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
 
 HEAD_DIM, ROPE_DIM, WINDOW, INDEX_HEADS, INDEX_DIM = 512, 64, 128, 64, 128
@@ -80,37 +87,42 @@ def array(dtype, *shape: int) -> Any:
 
 def fp8_matmul(target: Chip, rows: int, N: int, K: int):
     args = array(jnp.bfloat16, rows, K), array(jnp.float8_e4m3fn, N, K), array(jnp.uint8, N // 128, K // 128)
-    return lambda *args: fp8_matmul_tpu(*args, chip=target), args
+    run = fp8_matmul_tpu if target.platform == "tpu" else fp8_matmul_gpu
+    return lambda *args: run(*args, chip=target), args
 
 
 def grouped_output_projection(target: Chip, rows: int, H: int, G: int, rank: int):
     N, K, tables = G * rank, H // G * HEAD_DIM, array(jnp.float32, rows, 1, ROPE_DIM // 2)
     weights = array(jnp.float8_e4m3fn, N, K), array(jnp.uint8, N // 128, K // 128)
     args = array(jnp.bfloat16, rows, 1, H, HEAD_DIM), tables, tables, *weights
-    return lambda *args: grouped_output_projection_tpu(*args, groups=G, chip=target), args
+    run = grouped_output_projection_tpu if target.platform == "tpu" else grouped_output_projection_gpu
+    return lambda *args: run(*args, groups=G, chip=target), args
 
 
 def expert_matmul(target: Chip, rows: int, blocks: int, N: int, K: int):
     weights = array(jnp.uint8, blocks, N, K // 2), array(jnp.uint8, blocks, N, K // 32)
     args = array(jnp.bfloat16, rows * blocks, K), array(jnp.int32, blocks), array(jnp.int32), *weights
-    return lambda *args: expert_matmul_tpu(*args, packed=True, chip=target), args
+    run = expert_matmul_tpu if target.platform == "tpu" else expert_matmul_gpu
+    return lambda *args: run(*args, packed=True, chip=target), args
 
 
 def sparse_mla(target: Chip, B: int, T: int, H: int, N: int):
     """Every query sees N entries, in a loop of as many blocks as that is: data decide otherwise."""
-    config = mla_tuning.default_config(target, B, T, H, N)
-    config = dataclasses.replace(config, trips=math.ceil(N / config.block))
     held = T + WINDOW - 1
     kv = lambda n: array(jnp.bfloat16, B, n, HEAD_DIM)
     window = Window(kv(held), array(jnp.int32, B, held), WINDOW, is_band=T > 16)
     args = array(jnp.bfloat16, B, T, H, HEAD_DIM), array(jnp.int32, B, T), window, kv(N), FirstN(array(jnp.int32, B, T))
-    run = lambda *args: sparse_mla_tpu(*args, scale=HEAD_DIM**-0.5, chip=target, config=config)
-    return run, (*args, array(jnp.float32, H))
+    args = (*args, array(jnp.float32, H))
+    if target.platform == "cuda":
+        return lambda *args: sparse_mla_gpu(*args, scale=HEAD_DIM**-0.5, chip=target), args
+    config = mla_tuning.default_config(target, B, T, H, N)
+    config = dataclasses.replace(config, trips=math.ceil(N / config.block))
+    return lambda *args: sparse_mla_tpu(*args, scale=HEAD_DIM**-0.5, chip=target, config=config), args
 
 
 def index_topk(target: Chip, B: int, T: int, N: int, top_k: int):
     """The worst case of its searches: data decide otherwise."""
-    config = dataclasses.replace(index_tuning.default_config(T, N, target), data_dependent=False)
+    config = dataclasses.replace(index_tuning.default_config(T, N, target, B), data_dependent=False)
     q, keys = array(jnp.bfloat16, B, T, INDEX_HEADS, INDEX_DIM), array(jnp.bfloat16, B, N, INDEX_DIM)
     run = lambda *args: index_topk_tpu(*args, top_k=top_k, chip=target, config=config)
     return run, (q, array(jnp.float32, B, T, INDEX_HEADS), keys, array(jnp.int32, B, T))
@@ -165,25 +177,71 @@ def attention_work(name: str, m: Model) -> Iterator[Work]:
         yield Work("index_topk", name, "CSA", "decode" if T == 1 else "prefill", sizes, nbytes, flops)
 
 
-def estimate(work: Work, name: str, timeout: float) -> dict[str, Any]:
-    """One row of the result; `error` or `notes` say what could not be had."""
-    target, case = chip(name), Case(f"benchmarks.kernels:{work.op}", work.sizes)
-    row = {**dataclasses.asdict(work), "chip": name}
+def known(work: Work, name: str) -> dict[str, Any]:
+    """A row of the result before anything is compiled."""
+    target = chip(name)
     roofline = roofline_seconds(target, hbm_bytes=work.bytes, flops=work.flops, fp8=work.fp8)
-    row["roofline_us"], row["hbm_us"] = roofline * 1e6, work.bytes / target.hbm_bytes_per_s * 1e6
-    whole = run_cases([case], name, timeout=timeout)[0]
-    if "error" in whole:
-        return row | {"error": whole["error"]}
-    row["around_us"] = whole["xla_cycles"] / target.clock_hz * 1e6
-    alone = run_cases([dataclasses.replace(case, kernels_alone=True)], name, profile=True, timeout=timeout)[0]
-    cycles = [
-        k["static_cycles"] for op, k in alone.get("kernels", {}).items() if is_kernel(op) and "static_cycles" in k
-    ]
+    times = {"roofline_us": roofline * 1e6, "hbm_us": work.bytes / target.hbm_bytes_per_s * 1e6}
+    return {**dataclasses.asdict(work), "chip": name, **times}
+
+
+def estimate(works: list[Work], name: str, timeout: float) -> list[dict[str, Any]]:
+    """Rows of a TPU; `error` or `notes` say what could not be had."""
+    cases = [Case(f"benchmarks.kernels:{work.op}", work.sizes) for work in works]
+    alone = [dataclasses.replace(case, kernels_alone=True) for case in cases]
+    limit = timeout * len(cases)
+    compiled = run_cases(cases, name, timeout=limit)
+    profiled = run_cases(alone, name, profile=("cycles",), timeout=limit)
+    triples = zip(works, compiled, profiled, strict=True)
+    return [known(work, name) | _times(known(work, name), chip(name), *reports) for work, *reports in triples]
+
+
+def _times(row: dict[str, Any], target: Chip, compiled: dict[str, Any], profiled: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler's reports on a program, and on its kernels alone, add to a row."""
+    if "error" in compiled:
+        return {"error": compiled["error"]}
+    around = {"around_us": compiled["xla_cycles"] / target.clock_hz * 1e6}
+    kernels = profiled.get("kernels", {}).items()
+    cycles = [k["static_cycles"] for op, k in kernels if is_kernel(op) and "static_cycles" in k]
     if not cycles:
-        return row | {"notes": [alone.get("error", "the profiler wrote no cycles"), *alone.get("notes", [])]}
-    static = sum(cycles) / target.clock_hz
-    took = max(static, work.bytes / target.hbm_bytes_per_s)
-    return row | {"static_us": static * 1e6, "estimate_us": took * 1e6, "ratio": took / roofline}
+        return around | {"notes": [profiled.get("error", "the profiler wrote no cycles"), *profiled.get("notes", [])]}
+    static = sum(cycles) / target.clock_hz * 1e6
+    took = max(static, row["hbm_us"])
+    return around | {"static_us": static, "estimate_us": took, "ratio": took / row["roofline_us"]}
+
+
+GPU_OPS = {  # chip: ops that have a kernel for it
+    "H200": ("fp8_matmul", "grouped_output_projection", "expert_matmul", "sparse_mla"),
+    "B200": ("fp8_matmul", "grouped_output_projection", "expert_matmul"),
+}
+SM_REGISTERS, SM_THREADS, SM_BLOCKS, RESERVED = 1 << 16, 2048, 32, 1 << 10  # RESERVED: bytes of a block's shared memory
+
+
+def resources(works: list[Work], name: str, timeout: float) -> list[dict[str, Any]]:
+    """Rows of a GPU: what ptxas says of the kernel, or `error`."""
+    cases = [Case(f"benchmarks.kernels:{work.op}", work.sizes) for work in works]
+    rows = []
+    for work, report in zip(works, run_cases(cases, name, timeout=timeout * len(cases)), strict=True):
+        kernels = list(report.get("kernels", {}).values())
+        if "error" in report or not kernels:
+            found = {"error": report.get("error", "there is no Mosaic kernel in the program")}
+        else:
+            found = kernels[0] | occupancy(kernels[0], chip(name))
+        rows.append(known(work, name) | found)
+    return rows
+
+
+def occupancy(kernel: dict[str, int], target: Chip) -> dict[str, Any]:
+    """The most blocks of a kernel that one multiprocessor holds, and their share of the threads it can hold."""
+    threads = kernel["threads"]
+    bounds = {
+        "registers": SM_REGISTERS // (threads * kernel["registers"]),
+        "shared memory": (target.smem_bytes + RESERVED) // (kernel["smem_bytes"] + RESERVED),
+        "threads": SM_THREADS // threads,
+        "blocks": SM_BLOCKS,
+    }
+    bound = min(bounds, key=lambda name: bounds[name])
+    return {"blocks_per_sm": bounds[bound], "occupancy": bounds[bound] * threads / SM_THREADS, "bound": bound}
 
 
 KERNEL_NAMES = ("fp8_matmul", "fp8_output_projection", "expert_matmul", "sparse_mla", "index_topk", "index_picks")
@@ -195,39 +253,82 @@ def is_kernel(op: str) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    ops = sorted({work.op for work in every_work()})
-    parser.add_argument("--chips", nargs="+", choices=TPUS, default=list(TPUS), help="TPU generations")
+    ops, chips = sorted({work.op for work in every_work()}), [*TPUS, *GPU_OPS]
+    parser.add_argument("--chips", nargs="+", choices=chips, default=chips, help="TPU generations and GPUs")
     parser.add_argument("--ops", nargs="+", choices=ops, default=ops, help="kernels")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--phases", nargs="+", choices=("decode", "prefill"), default=["decode", "prefill"])
     parser.add_argument("--rows", nargs="+", type=int, help="only shapes with so many rows (default: all)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds the compiler may take for one row")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at work side by side")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Rows of op x shape x chip; needs libtpu (AotUnavailable, a RuntimeError, says what to install)."""
-    rows = []
-    for work in every_work():
-        wanted = work.op in args.ops and work.model in args.models and work.phase in args.phases
-        if wanted and (not args.rows or work.sizes.get("rows") in args.rows):
-            for name in args.chips:
-                rows.append(estimate(work, name, args.timeout))
-                print(
-                    f"{work.op} {work.model} {work.shape} {work.sizes} {name}: {rows[-1].get('ratio')}", file=sys.stderr
-                )
-    return {"rows": rows}
+    """Rows of op x shape x chip; needs libtpu and CUDA's compiler (AotUnavailable, a RuntimeError, says what to
+    install)."""
+    works = [
+        work
+        for work in every_work()
+        if work.op in args.ops and work.model in args.models and work.phase in args.phases
+        if not args.rows or work.sizes.get("rows") in args.rows
+    ]
+    batches = [
+        (name, batch)
+        for name in args.chips
+        for op in args.ops
+        if name in TPUS or op in GPU_OPS[name]
+        if (batch := [work for work in works if work.op == op])
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = pool.map(lambda batch: _measure(*batch, args.timeout), batches)
+        rows = [row for rows in found for row in rows]
+    order = {(work.op, work.model, work.shape, *work.sizes.items()): i for i, work in enumerate(works)}
+    return {"rows": sorted(rows, key=lambda r: order[r["op"], r["model"], r["shape"], *r["sizes"].items()])}
+
+
+def _measure(name: str, works: list[Work], timeout: float) -> list[dict[str, Any]]:
+    rows = (estimate if name in TPUS else resources)(works, name, timeout)
+    for row in rows:
+        told = row.get("ratio", row.get("registers", "nothing"))
+        print(f"{row['op']} {row['model']} {row['shape']} {row['sizes']} {name}: {told}", file=sys.stderr, flush=True)
+    return rows
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    figures_of = ("MB", "GFLOP", "roofline us", "static us", "estimate us", "ratio", "around us")
-    table = Table("kernel", "model", "shape", "chip", *figures_of, title="TPU kernels by schedule; nothing was run")
-    for row in result["rows"]:
-        sizes = " ".join(f"{key}={value}" for key, value in row["sizes"].items() if key in ("rows", "blocks", "B", "T"))
-        figures = [f"{row[key]:.1f}" if key in row else "-" for key in ("roofline_us", "static_us", "estimate_us")]
-        ratio, around = (f"{row[key]:.2f}" if key in row else "-" for key in ("ratio", "around_us"))
-        work = f"{row['bytes'] / 1e6:.1f}", f"{row['flops'] / 1e9:.2f}"
-        table.add_row(row["op"], row["model"], f"{row['shape']} {sizes}", row["chip"], *work, *figures, ratio, around)
-    console.print(table)
+    console.print(_tpu_table([row for row in result["rows"] if row["chip"] in TPUS]))
+    console.print(_gpu_table([row for row in result["rows"] if row["chip"] in GPU_OPS]))
     for row in result["rows"]:
         if "error" in row or "notes" in row:
             console.print(f"{row['op']} {row['sizes']} {row['chip']}: {row.get('error') or row['notes']}", markup=False)
+
+
+def _tpu_table(rows: list[dict[str, Any]]) -> Table:
+    figures = ("MB", "GFLOP", "roofline us", "static us", "estimate us", "ratio", "around us")
+    table = Table("kernel", "model", "shape", "chip", *figures, title="TPU kernels by schedule; nothing was run")
+    for row in rows:
+        times = _cells(row, ".1f", "roofline_us", "static_us", "estimate_us")
+        table.add_row(*_work_cells(row), *times, *_cells(row, ".2f", "ratio", "around_us"))
+    return table
+
+
+def _gpu_table(rows: list[dict[str, Any]]) -> Table:
+    figures = ("MB", "GFLOP", "roofline us", "registers", "spilled", "shared KiB", "threads", "blocks", "occupancy")
+    table = Table(
+        "kernel", "model", "shape", "chip", *figures, "bound by", title="GPU kernels by ptxas; nothing was run"
+    )
+    for row in rows:
+        kib = row | {"smem_kib": row["smem_bytes"] / 1024} if "smem_bytes" in row else row
+        used = _cells(kib, ".0f", "registers", "spill_bytes", "smem_kib", "threads", "blocks_per_sm")
+        roofline, share = _cells(row, ".1f", "roofline_us"), _cells(row, ".0%", "occupancy")
+        table.add_row(*_work_cells(row), *roofline, *used, *share, row.get("bound", "-"))
+    return table
+
+
+def _work_cells(row: dict[str, Any]) -> list[str]:
+    sizes = " ".join(f"{key}={value}" for key, value in row["sizes"].items() if key in ("rows", "blocks", "B", "T"))
+    amounts = f"{row['bytes'] / 1e6:.1f}", f"{row['flops'] / 1e9:.2f}"
+    return [row["op"], row["model"], f"{row['shape']} {sizes}", row["chip"], *amounts]
+
+
+def _cells(row: dict[str, Any], form: str, *names: str) -> list[str]:
+    return [f"{row[name]:{form}}" if row.get(name) is not None else "-" for name in names]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     import checkpoints
-    from dsv4_jax import DeepseekV4, Generation, Sampler, StreamEvent
+    from dsv4_jax import DeepseekV4, Sampler, Stats, StreamEvent
 
 app = typer.Typer(
     name="dsv4",
@@ -48,6 +48,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
 STOP_HELP = "Token id that ends a row; may be repeated. Default: the config's eos_token_id for text, none for --tokens."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+MESH_HELP = (
+    "latency, throughput, or sizes: data=2,expert=4,model=1; default one device, throughput where processes join."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -223,11 +226,8 @@ def synth(
     """
     from checkpoints.synth import synth as write
     from checkpoints.synth import with_layers
-    from dsv4_jax.presets import PRESETS
 
-    if config not in PRESETS and not Path(config).is_file():
-        raise ValueError(f"--config {config}: neither a file nor one of {', '.join(PRESETS)}")
-    fields = PRESETS[config] if config in PRESETS else _read_json(Path(config))
+    fields = _config_fields(config)
     fields = fields if layers is None else with_layers(fields, layers)
     with _progress("writing", TextColumn("{task.completed:,.0f} tensors")) as update:
         write(fields, out, seed=seed, force=force, progress=update)
@@ -253,17 +253,29 @@ def generate(
     kernels: Annotated[str, typer.Option(help="Platform strategy.")] = "auto",
     numerics: Annotated[str, typer.Option(help="auto, official or exact.")] = "auto",
     cache_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or fp8; default the dtype.")] = None,
+    mesh: Annotated[str | None, typer.Option(help=MESH_HELP)] = None,
+    distributed: Annotated[bool, typer.Option("--distributed", help="Join a detected cluster's processes.")] = False,
+    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0, to join several processes.")] = None,
+    processes: Annotated[int | None, typer.Option(help="How many processes join.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a prompt. Text streams to stdout; statistics go to stderr.
+    """Continue a prompt. Text streams to stdout; statistics go to stderr. Of several processes, the first prints.
 
     Examples: `dsv4 generate --prompt "Once upon a time"`,
     `dsv4 generate flash-orbax --prompt-file question.txt --temperature 0.7 --top-p 0.95`,
-    `dsv4 generate flash-orbax --tokens prompts.npy --json`
+    `dsv4 generate flash-orbax --tokens prompts.npy --mesh throughput --json`,
+    `dsv4 generate flash-orbax --prompt "..." --coordinator 10.0.0.1:9000 --processes 2 --process-id 0`
     """
+    if distributed or coordinator or processes is not None or process_id is not None:
+        _join(coordinator, processes, process_id)
+        mesh = mesh or "throughput"
     import checkpoints
     import dsv4_jax
+    from checkpoints.source import open_source
+    from dsv4_jax.sharding import parse_mesh
+    from dsv4_jax.watch import WatchedStream
 
     path = checkpoints.bundled_path() if path is None else path
     sampler = _sampler(temperature, top_k, top_p, min_p)
@@ -274,7 +286,9 @@ def generate(
     tokenizer = checkpoints.load_tokenizer(path)
     if text is not None and tokenizer is None and path.is_dir():  # before the weights, which may take long
         raise ValueError(f"{path}: has no tokenizer.json; give the prompt as ids with --tokens FILE.npy")
-    options = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
+    options: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
+    if mesh is not None:
+        options["mesh"] = parse_mesh(mesh, open_source(path).config)
     model = _load(path, max_tokens=max_tokens, **options)
     if ids is None:
         assert text is not None and tokenizer is not None
@@ -289,10 +303,88 @@ def generate(
         "stop_ids": stop or (),
         "drafts": drafts,
     }
-    if as_json or len(ids) > 1:
-        _print_rows(dsv4_jax.generate(model, ids, **request), tokenizer, as_json)
+    if len(ids) > 1:
+        out = dsv4_jax.generate(model, ids, **request)
+        rows, stats = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)], out.stats
+        _print_rows(rows, stats, tokenizer, as_json)
+        return
+    stream = WatchedStream(model, ids, **request)
+    if as_json:
+        rows = [[int(event.tokens[0]) for event in stream]]
+        _print_rows(rows, stream.stats, tokenizer, as_json)
     else:
-        _stream_text(dsv4_jax.stream(model, ids, **request), tokenizer)
+        _stream_text(stream, tokenizer)
+        stderr.print(_statistics(stream.stats), highlight=False)
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Make this process one of several; all but the first are silent from then on, errors apart."""
+    from dsv4_jax.processes import is_speaker, join
+
+    join(coordinator, processes, process)
+    if not is_speaker():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+        stderr.quiet = True
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="flash, pro, flash-base, pro-base, or a checkpoint or config.json.")],
+    topology: Annotated[str, typer.Option(help="v6e:4x4 (shape) or v6e-16 (chips) for TPUs, H200x8 for GPUs.")],
+    mesh: Annotated[str, typer.Option(help="latency, throughput, or sizes: data=1,expert=8,model=2.")] = "throughput",
+    batch: Annotated[int, typer.Option(help="Sequences in all.")] = 64,
+    context: Annotated[int, typer.Option(help="Tokens that each may hold.")] = 131072,
+    drafts: Annotated[int, typer.Option(help="Speculative drafts per step.")] = 0,
+    cache_dtype: Annotated[str, typer.Option(help="fp8 or bfloat16.")] = "fp8",
+    prefill_tokens: Annotated[int, typer.Option(help="Of a chunk of each sequence's prompt.")] = 2048,
+    layers: Annotated[int | None, typer.Option(help="Keep only the first N layers.")] = None,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Sizes and bounds alone, in seconds.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Tabulate batches and contexts up to those given.")] = False,
+    chart: Annotated[Path | None, typer.Option(help="Draw the sweep as a PNG.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a model needs on devices that are not here: the real steps compiled for them, memory, collectives, bounds.
+
+    Examples: `dsv4 plan flash --topology v6e:4x4 --batch 64 --context 131072`,
+    `dsv4 plan pro --topology v7x-16 --mesh latency --batch 1 --no-compile`,
+    `dsv4 plan flash --topology H200x8 --sweep --chart flash-h200.png`
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the compilers for accelerators would be taken for accelerators
+    from checkpoints.synth import with_layers
+    from dsv4_jax.plan import parse_topology, show
+    from dsv4_jax.plan import plan as make_plan
+
+    where = parse_topology(topology)
+    fields = _config_fields(config)
+    fields = fields if layers is None else with_layers(fields, layers)
+    options: dict[str, Any] = {"mesh": mesh, "drafts": drafts, "cache_dtype": cache_dtype}
+    compiled: dict[str, Any] = {"compiled": not no_compile, "prefill_tokens": prefill_tokens}
+    with _busy(f"compiling for {where.name}") if not no_compile else nullcontext():
+        found = make_plan(fields, where, batch=batch, context=context, **options, **compiled)
+    rows = show.sweep_rows(fields, where, batch, context, found, **options) if sweep or chart else []
+    if chart:
+        show.draw(rows, found, f"{config} on {where.name}", chart)
+    if as_json:
+        print(json.dumps(found.to_json() | ({"sweep": rows} if rows else {})))
+    else:
+        console = Console()
+        show.print_plan(found, config, console)
+        show.print_sweep(rows, console)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _config_fields(name: str) -> dict[str, Any]:
+    """A preset's, a config.json's or a checkpoint's fields."""
+    from dsv4_jax.presets import PRESETS
+
+    if name in PRESETS:
+        return PRESETS[name]
+    file = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not file.is_file():
+        raise ValueError(f"{name}: neither a file, nor a checkpoint, nor one of {', '.join(PRESETS)}")
+    return _read_json(file)
 
 
 @app.command()
@@ -351,33 +443,45 @@ def _load(path: Path, **options: Any) -> DeepseekV4:
     return model
 
 
-def _print_rows(out: Generation, tokenizer: Tokenizer | None, as_json: bool) -> None:
+def _print_rows(rows: list[list[int]], stats: Stats, tokenizer: Tokenizer | None, as_json: bool) -> None:
     """All rows at once: one JSON object, or a line each and statistics."""
-    rows = [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
+    from dsv4_jax.watch import peak_memory_bytes
+
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows] if tokenizer else None
     if as_json:
-        print(json.dumps({"tokens": rows, "text": texts, "stats": out.stats.to_json()}))
+        figures = stats.to_json() | {"peak_memory_bytes": peak_memory_bytes()}
+        print(json.dumps({"tokens": rows, "text": texts, "stats": figures}))
         return
     for number, row in enumerate(texts or [" ".join(map(str, row)) for row in rows]):
         _write(f"[{number}] {row}\n")
-    seconds = f"{out.stats.seconds:.2f} s, compilation included"
-    stderr.print(f"{out.stats.new_tokens} tokens in {seconds}", highlight=False)
+    stderr.print(_statistics(stats), highlight=False)
 
 
-def _stream_text(events: Iterator[StreamEvent], tokenizer: Tokenizer | None) -> None:
-    """Print a row as it comes, then its statistics."""
-    began = first = time.perf_counter()
+def _stream_text(events: Iterable[StreamEvent], tokenizer: Tokenizer | None) -> None:
+    """Print a row as it comes."""
     pieces = _Detokenizer(tokenizer) if tokenizer else None
-    count = 0
     for event in events:
-        token, count = int(event.tokens[0]), count + 1
-        if count == 1:
-            first = time.perf_counter()
+        token = int(event.tokens[0])
         _write(pieces.add(token) if pieces else f"{token} ")
-    decode = time.perf_counter() - first
     _write(f"{pieces.rest()}\n" if pieces else "\n")
-    rate = f", {(count - 1) / decode:.1f} tokens/s after it" if count > 1 and decode else ""
-    stderr.print(f"{count} tokens; first after {first - began:.2f} s{rate}", highlight=False)
+
+
+def _statistics(stats: Stats) -> str:
+    """A run in one line: its tokens and their rate, its steps and drafts, its memory."""
+    from dsv4_jax.watch import StreamStats, peak_memory_bytes
+
+    parts = [f"{stats.new_tokens} tokens"]
+    if isinstance(stats, StreamStats):
+        parts.append(f"first after {stats.first_seconds:.1f} s, compilation included")
+        parts += [f"then {stats.warm_tokens_per_second:,.1f} tokens/s"] if stats.warm_tokens else []
+    else:
+        parts.append(f"{stats.seconds:.2f} s, compilation included")
+    parts.append(f"{stats.steps} steps")
+    if stats.accepted:
+        shares = " ".join(f"{share:.2f}" for share in stats.acceptance)
+        parts[-1] += f" of {stats.tokens_per_step:.2f} tokens"
+        parts.append(f"drafts accepted {shares}")
+    return "; ".join((*parts, f"peak memory {_size(peak_memory_bytes())}"))
 
 
 def _write(text: str) -> None:

@@ -38,11 +38,11 @@ def local_ids(index: jax.Array, first: jax.Array | int, held: int) -> jax.Array:
 
 
 class Queues(NamedTuple):
-    """Who goes where: order int32 [S, n], tokens that want to go to each shard first; place [n, S]; count [S]."""
+    """Who goes where: order int32 [S, n], tokens that want to go to each shard first; place [n, S]; length [S]."""
 
     order: jax.Array
     place: jax.Array
-    count: jax.Array
+    length: jax.Array
     wanted: jax.Array  # bool [n, S]
 
 
@@ -71,15 +71,15 @@ def run_experts(
     if parallel.expert == 1:
         return run(x, jnp.where(real[:, None], local_ids(index, mine, held), held), weights)
     shards, per_shard = parallel.expert, experts // parallel.expert
-    room = capacity(*index.shape, shards)
+    room = capacity(index.shape[0], index.shape[1], shards)
     queues = queue(index, real, shards, per_shard)
-    rounds = parallel.largest(-(-queues.count.max() // room))
+    rounds = parallel.largest(-(-queues.length.max() // room))
     swap = lambda a: jax.lax.all_to_all(a, "expert", split_axis=0, concat_axis=0)
 
     def exchange(number: jax.Array, out: jax.Array) -> jax.Array:
         slot = number * room + jnp.arange(room)
         token = queues.order.at[:, slot].get(mode="clip")
-        sent = slot < queues.count[:, None]
+        sent = slot < queues.length[:, None]
         there = index[token] - per_shard * jnp.arange(shards)[:, None, None]  # ids as the shard counts them
         ids = swap(jnp.where(sent[..., None], there, per_shard))
         tokens, share = swap(x[token]), swap(weights[token])

@@ -6,15 +6,17 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.quantized import QuantizedArray, Weight, dequantize
+from dsv4_jax.quantized import QuantizedArray, Turned, Weight, dequantize
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
+FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
 
 
@@ -47,9 +49,9 @@ def joined(gate_up: Weight) -> Weight:
     if isinstance(gate_up, QuantizedArray) and gate_up.scale is not None and rows % gate_up.block[0] == 0:
         merge = lambda x: x.reshape(*lead, -1, x.shape[-1])
         return dataclasses.replace(gate_up, data=merge(gate_up.data), scale=merge(gate_up.scale))
-    if isinstance(gate_up, QuantizedArray):
-        gate_up = dequantize(gate_up, jnp.float32)
-    return gate_up.reshape(*lead, 2 * rows, columns)
+    wide: Any = dequantize(gate_up, jnp.float32) if isinstance(gate_up, QuantizedArray) else gate_up
+    flat: Any = wide.as_matrix() if isinstance(wide, Turned) else wide.reshape(*lead, 2 * rows, columns)
+    return flat
 
 
 def hidden(gate, up, limit: float, numerics: Numerics, down: Weight, weights: jax.Array | None = None) -> jax.Array:
@@ -96,6 +98,19 @@ def block_rows(pairs: int, experts: int) -> int:
     return 1 if mean <= 1 else min(MAX_BLOCK_ROWS, 1 << math.ceil(math.log2(mean)))
 
 
+def few_pairs(x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics) -> jax.Array:
+    """Experts index [P] of tokens x [n, M], weighted by [P] -> [P, M] in x.dtype: a product a pair, the rest together.
+
+    A loop over pairs would cost more than the products, each a weight's slice times one row.
+    """
+    pairs, choices = len(index), len(index) // len(x)
+    product = lambda row, w: linear(row[None], w)
+    wide = [product(x[p // choices], joined(gate_up[index[p]])) for p in range(pairs)]
+    gate, up = jnp.split(jnp.concatenate(wide), 2, axis=-1)
+    rows = hidden(gate, up, limit, numerics, down, weights[:, None])
+    return jnp.concatenate([product(rows[p], down[index[p]]) for p in range(pairs)])
+
+
 def expert_mlp(
     x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics, routed: int | None = None
 ) -> jax.Array:
@@ -113,6 +128,9 @@ def expert_mlp(
     P, rows = n * A, block_rows(n * A, routed or experts)
     x = numerics.activations(x, gate_up)
     flat = index.reshape(P)
+    if P <= FEW_PAIRS and not routed:
+        out = few_pairs(x, flat, weights.reshape(P), gate_up, down, limit, numerics)
+        return add_up(out, index, experts, routed)
     if rows == 1 and not routed:
         blocks = Blocks(flat, jnp.arange(P)[:, None], jnp.int32(P), jnp.arange(P))
     else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ from dsv4_jax.linear import linear, matmul
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
+from dsv4_jax.streams import collapse, expand
 from pallas_kernels.chips import Chip, chip, chip_of, require
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.formats import decode_e2m1, decode_e8m0
 from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.index_topk.tpu import index_topk_tpu
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS
@@ -79,7 +81,19 @@ class ExpertKernels(abc.ABC):
         """See `experts.expert_mlp`."""
 
 
-class Kernels(AttentionKernels, ExpertKernels):
+class StreamKernels(abc.ABC):
+    """What a platform must supply for hyper-connections."""
+
+    @abc.abstractmethod
+    def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
+        """Streams [B, T, N, M] -> [B, T, M], and the mixing weights; see `streams.collapse`."""
+
+    @abc.abstractmethod
+    def expand_streams(self, out, streams, mixing) -> jax.Array:
+        """See `streams.expand`; mixing is what `collapse_streams` gave."""
+
+
+class Kernels(AttentionKernels, ExpertKernels, StreamKernels):
     """A whole platform."""
 
 
@@ -107,6 +121,13 @@ class XlaKernels(Kernels):
     def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
         keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys
         return pick_entries_xla(q, weights, keys, visible, top_k=top_k)
+
+    def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
+        x, *mixing = collapse(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps)
+        return x, tuple(mixing)
+
+    def expand_streams(self, out, streams, mixing) -> jax.Array:
+        return expand(out, streams, *mixing)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
@@ -140,7 +161,7 @@ class TpuKernels(XlaKernels):
         require(self.chip, "kernels='tpu'", platform="tpu")
 
     @property
-    def _options(self):
+    def _options(self) -> dict[str, Any]:
         return {"chip": self.chip, "interpret": self.interpret}
 
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
@@ -168,6 +189,12 @@ class TpuKernels(XlaKernels):
         keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys.astype(q.dtype)
         as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
+
+    def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
+        return collapse_tpu(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps, **self._options)
+
+    def expand_streams(self, out, streams, mixing) -> jax.Array:
+        return expand_tpu(out, streams, mixing, **self._options)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not (is_packed(gate_up) and is_packed(down)):

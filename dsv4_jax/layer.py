@@ -31,10 +31,10 @@ class DecoderLayer(nnx.Module):
         schedule: AsyncSchedule = IN_ORDER,
         parallel: Parallel = SINGLE,
     ):
-        self.attn_hc = HyperConnection(config)
+        self.attn_hc = HyperConnection(config, kernels)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = ATTENTION[spec.kind](config, spec, kernels, numerics, dtype, schedule, parallel)
-        self.ffn_hc = HyperConnection(config)
+        self.ffn_hc = HyperConnection(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoe(config, spec, kernels, numerics, dtype, schedule, parallel)
 
@@ -42,12 +42,12 @@ class DecoderLayer(nnx.Module):
         self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
     ) -> tuple[jax.Array, LayerCache]:
         """Streams [B, T, N, M] -> streams and the layer's cache after this step."""
-        x, post, comb = self.attn_hc.collapse(streams)
+        x, mixing = self.attn_hc.collapse(streams)
         out, cache = self.self_attn(self.input_layernorm(x), rope, cache, step)
-        streams = self.attn_hc.expand(out, streams, post, comb)
-        x, post, comb = self.ffn_hc.collapse(streams)
+        streams = self.attn_hc.expand(out, streams, mixing)
+        x, mixing = self.ffn_hc.collapse(streams)
         out = self.mlp(self.post_attention_layernorm(x), step)
-        return self.ffn_hc.expand(out, streams, post, comb), cache
+        return self.ffn_hc.expand(out, streams, mixing), cache
 
 
 @jax.jit

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import Quantization, WeightFormat
-from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Weight, dequantize
+from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Turned, Weight, dequantize, dequantize_halves
+
+FEW_ROWS = 2  # up to which a CPU reads a weight once a row sooner than it packs it for one product
 
 
 class Buffer(nnx.Variable):
@@ -36,14 +38,31 @@ def linear(x: jax.Array, w: Weight, *, out_dtype=None) -> jax.Array:
     A quantised weight is expanded here, at use; both operands of the product have x's dtype.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
+    if isinstance(w, QuantizedArray) and w.packed and w.scale is not None:
+        even, odd = dequantize_halves(w, x.dtype)
+        return (matmul(x[..., 0::2], even) + matmul(x[..., 1::2], odd)).astype(out_dtype)
     return matmul(x, dequantize(w, x.dtype)).astype(out_dtype)
 
 
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array | Turned) -> jax.Array:
     """x [..., K], w [N, K] -> fp32 [..., N]; fp32 operands are multiplied in true fp32 on every platform."""
+    rows = math.prod(x.shape[:-1])
+    if isinstance(w, Turned) or not 1 < rows <= FEW_ROWS:
+        return _matmul(x, w)
+    return jax.lax.platform_dependent(x, w, cpu=_row_by_row, default=_matmul)
+
+
+def _matmul(x: jax.Array, w: jax.Array | Turned) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
+    w, axis = (w.data, 0) if isinstance(w, Turned) else (w, w.ndim - 1)
+    contract = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _row_by_row(x: jax.Array, w: jax.Array) -> jax.Array:
+    """As `_matmul`, one product a row: such products need no packing of the weight, the larger operand by far."""
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.stack([_matmul(rows[i], w) for i in range(len(rows))]).reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class QuantizedArray:
 
     data: float8_e4m3fn [..., N, K], or, `packed`, uint8 [..., N, K // 2]: two e2m1 codes a byte, low nibble = even k.
     scale: uint8 e8m0 exponent bytes or float32, [..., ceil(N / block[0]), ceil(K / block[1])]; None where `data` holds
-      the expanded values (see `expand`).
+      the expanded values (see `generate/prepare.py`).
     """
 
     data: jax.Array
@@ -52,13 +52,67 @@ class QuantizedArray:
         return dataclasses.replace(self, data=self.data[index], scale=None if self.scale is None else self.scale[index])
 
 
-Weight = jax.Array | QuantizedArray
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("data",), meta_fields=())
+@dataclass(frozen=True)
+class Turned:
+    """A weight [..., N, K] held as data [K, ..., N]: in this order a CPU multiplies a few rows with it fastest."""
+
+    data: jax.Array
+
+    @classmethod
+    def of(cls, weight: jax.Array) -> Turned:
+        return cls(jnp.moveaxis(weight, -1, 0))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.data.shape[1:], self.data.shape[0])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.data.dtype
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> Turned:
+        return Turned(self.data.astype(dtype))
+
+    def __getitem__(self, index) -> Turned:
+        """The whole of it, as `parameter[...]` asks."""
+        if index is not Ellipsis:
+            raise TypeError(f"a turned weight {self.shape} cannot be indexed by {index}; only [...] is known")
+        return self
+
+    def as_matrix(self) -> Turned:
+        """[..., N, K] as one matrix [all rows, K]."""
+        return Turned(self.data.reshape(self.data.shape[0], -1))
 
 
-def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("data",), meta_fields=())
+@dataclass(frozen=True)
+class TurnedGroups:
+    """As `Turned`, for a block-diagonal weight [G * N, K]: data [G, K, N], one block a group."""
+
+    data: jax.Array
+
+    @classmethod
+    def of(cls, weight: jax.Array, groups: int) -> TurnedGroups:
+        return cls(jnp.swapaxes(weight.reshape(groups, -1, weight.shape[-1]), 1, 2))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        G, K, N = self.data.shape
+        return G * N, K
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The weight as it was; a product that takes its groups apart again reads `data` where it lies."""
+        return jnp.swapaxes(self.data, 1, 2).reshape(self.shape).astype(dtype)
+
+
+Weight = jax.Array | QuantizedArray  # or, in a prepared model, what is turned
+
+
+def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> Any:
     """[..., N, K] in `dtype`; every product of a code and a power-of-two scale is exact in bfloat16 and wider.
 
-    Arrays that are not quantised are cast.
+    Arrays that are not quantised are cast; a turned weight stays turned.
     """
     if not isinstance(weight, QuantizedArray):
         return weight.astype(dtype)
@@ -67,6 +121,19 @@ def dequantize(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     codes = decode_e2m1(unpack_fp4(weight.data)) if weight.packed else decode_e4m3(weight.data)
     scale = decode_e8m0(weight.scale) if weight.scale.dtype == jnp.uint8 else weight.scale.astype(jnp.float32)
     return (codes * _expand(scale, weight.block, (codes.shape[-2], codes.shape[-1]))).astype(dtype)
+
+
+def dequantize_halves(weight: QuantizedArray, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """A packed weight [..., N, K] as its even and its odd columns, each [..., N, K // 2] in `dtype`.
+
+    The two codes of a byte need not be interleaved, which costs a CPU more than all the rest of the expansion.
+    """
+    assert weight.packed and weight.scale is not None
+    scale = decode_e8m0(weight.scale) if weight.scale.dtype == jnp.uint8 else weight.scale.astype(jnp.float32)
+    rows, columns = weight.block
+    scale = _expand(scale, (rows, columns // 2), (weight.data.shape[-2], weight.data.shape[-1]))
+    half = lambda codes: (decode_e2m1(codes) * scale).astype(dtype)
+    return half(weight.data & 15), half(weight.data >> 4)
 
 
 def quantize_fp8(x: jax.Array, block: tuple[int, int] = (1, 128)) -> QuantizedArray:
@@ -135,19 +202,3 @@ def _repeat(x: jax.Array, times: int, axis: int) -> jax.Array:
     shape = x.shape
     x = jnp.broadcast_to(jnp.expand_dims(x, split), (*shape[:split], times, *shape[split:]))
     return x.reshape(*shape[: split - 1], shape[split - 1] * times, *shape[split:])
-
-
-def _is_quantized(leaf) -> bool:
-    return isinstance(leaf, QuantizedArray)
-
-
-def expanded_bytes(tree, dtype: jax.typing.DTypeLike) -> int:
-    """What the quantised weights of `tree` would take in `dtype`."""
-    leaves = filter(_is_quantized, jax.tree.leaves(tree, is_leaf=_is_quantized))
-    return sum(math.prod(leaf.shape) for leaf in leaves) * jnp.dtype(dtype).itemsize
-
-
-def expand(tree, dtype: jax.typing.DTypeLike):
-    """`tree` with the values of every QuantizedArray written out in `dtype`; they stay marked as quantised."""
-    wide = lambda leaf: QuantizedArray(dequantize(leaf, dtype), None, leaf.block) if _is_quantized(leaf) else leaf
-    return jax.tree.map(wide, tree, is_leaf=_is_quantized)

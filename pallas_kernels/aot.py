@@ -205,12 +205,18 @@ def _compile(fn, args, devices, platform: str, options) -> jax.stages.Compiled:
 
 
 def run_cases(
-    cases: Iterable[Case], chip_name: str, *, profile: bool = False, timeout: float = 300, keep: str | None = None
+    cases: Iterable[Case],
+    chip_name: str,
+    *,
+    profile: bool | tuple[str, ...] = False,
+    timeout: float = 300,
+    keep: str | None = None,
 ) -> list[dict[str, Any]]:
     """Compile cases in child processes, one process for as many as it survives, and report on each, in order.
 
     Args:
-      profile: TPU only: also static cycles and spills, which takes longer (the schedule is simulated).
+      profile: TPU only: also static cycles and spills, which takes longer (the schedule is simulated); a tuple says
+        which of PROFILE.
       timeout: seconds for one process; the case it dies in, by time or by abort, gets an error and the rest another
         process.
       keep: a directory that the compiler's dumps stay in; a temporary one otherwise.
@@ -227,13 +233,14 @@ def run_cases(
       AotUnavailable: the compiler is not installed.
     """
     target, cases = chip(chip_name), list(cases)
+    dumps = profile if isinstance(profile, tuple) else PROFILE if profile else ()
     require_compiler(target.platform)
     reports: list[dict[str, Any]] = []
     while len(reports) < len(cases):
-        run = _run_child(cases[len(reports) :], target, PROFILE if profile else (), timeout, keep)
+        run = _run_child(cases[len(reports) :], target, dumps, timeout, keep)
         reports += run.reports
         if run.failure is not None and len(reports) < len(cases):
-            reports.append(_after_death(cases[len(reports)], target, profile, timeout, keep, run))
+            reports.append(_after_death(cases[len(reports)], target, dumps, timeout, keep, run))
     return reports
 
 
@@ -256,13 +263,16 @@ class _Run:
     remains: dict[str, dict[str, Any]]
 
 
-def _after_death(case: Case, target: Chip, profile: bool, timeout: float, keep, run: _Run) -> dict[str, Any]:
+def _after_death(case: Case, target: Chip, profile: tuple[str, ...], timeout: float, keep, run: _Run) -> dict[str, Any]:
     """The profiler aborts on some of XLA's own fusions: then it is given the kernels alone, and the rest without it."""
+    if len(profile) == 1 and case.kernels_alone and run.remains:
+        notes = [f"the profiler stopped early: {run.failure}"]
+        return _heading(case, target) | {"kernels": run.remains, "notes": notes}
     if profile:
         whole = _run_child([case], target, (), timeout, keep)
         if whole.reports:
             kernels: dict[str, dict[str, Any]] = {}
-            for dumps in PROFILE:  # one at a time: what writes the cycles may still abort afterwards
+            for dumps in profile:  # one at a time: what writes the cycles may still abort afterwards
                 alone = _run_child([dataclasses.replace(case, kernels_alone=True)], target, (dumps,), timeout, keep)
                 found = alone.reports[0].get("kernels", {}) if alone.reports else alone.remains
                 kernels = {name: kernels.get(name, {}) | found.get(name, {}) for name in kernels | found}

@@ -112,7 +112,7 @@ def weigh(streams: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def sinkhorn(x: jax.Array, iterations: int, eps: float) -> jax.Array:
-    """`hyper_connection.sinkhorn` of [N, N, ...] with the matrix in front."""
+    """`streams.sinkhorn` of [N, N, ...] with the matrix in front."""
     x = jax.nn.softmax(x, axis=1) + eps
     x = x / (x.sum(0, keepdims=True) + eps)
     for _ in range(iterations - 1):

@@ -17,12 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from dsv4_jax.generate import decode
 from dsv4_jax.generate.decode import Shapes
+from dsv4_jax.generate.prepare import ready
 from dsv4_jax.generate.sampling import Greedy, Sampler, row_keys
 from dsv4_jax.generate.speculative import MAX_DRAFTS, Drafter, MtpDrafter
 from dsv4_jax.model import DeepseekV4
-from dsv4_jax.quantized import expand, expanded_bytes
-
-EXPAND_BYTES = 64 << 20  # bound on the expanded weights of a model that is expanded once per call
 
 
 @dataclass(frozen=True)
@@ -82,35 +80,6 @@ class StreamEvent:
     done: np.ndarray
 
 
-class _Structure:
-    """A model's tree structure as a static argument; equality is decided by identity first, being asked every step."""
-
-    def __init__(self, treedef):
-        self.treedef, self._hash = treedef, hash(treedef)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other) -> bool:
-        return self is other or (isinstance(other, _Structure) and self.treedef == other.treedef)
-
-
-def _split(model: DeepseekV4) -> tuple[_Structure, list[jax.Array]]:
-    leaves, treedef = jax.tree.flatten(model)
-    return _Structure(treedef), leaves
-
-
-def _ready(model: DeepseekV4) -> tuple[_Structure, list[jax.Array]]:
-    """The model as compiled programs take it.
-
-    A small quantised model spends more time on expanding its weights at each step than on reading them, so it is
-    expanded once per call.
-    """
-    if model.kernels.reads_packed or not 0 < expanded_bytes(model, model.dtype) <= EXPAND_BYTES:
-        return _split(model)
-    return _split(_expand(*_split(model)))
-
-
 def _compiled(rows: Sequence[str], out: Callable[[P], Any] = lambda row: P(), *, donate: Sequence[str] = ()):
     """jit a function of a model, given as its structure and its arrays, over the model's mesh.
 
@@ -131,23 +100,17 @@ def _compiled(rows: Sequence[str], out: Callable[[P], Any] = lambda row: P(), *,
             return run(model, *args)
 
         call.__name__ = function.__name__
-        static = [name for name in names if name in ("shapes", "drafter")]
+        static = [name for name in names if name in ("shapes", "drafter", "alone")]
         donated = [2 + names.index(name) for name in donate]
         return jax.jit(call, static_argnums=0, static_argnames=static, donate_argnums=donated)
 
     return wrap
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _expand(structure, leaves):
-    model = jax.tree.unflatten(structure.treedef, leaves)
-    return expand(model, model.dtype)
-
-
 @_compiled(rows=("tokens", "lengths", "limit", "keys"))
-def _generate(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter):
+def _generate(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter, alone):
     keys = jax.random.wrap_key_data(keys)
-    return decode.generate_tokens(model, tokens, lengths, limit, sampler, keys, stop, shapes, drafter)
+    return decode.generate_tokens(model, tokens, lengths, limit, sampler, keys, stop, shapes, drafter, alone)
 
 
 @_compiled(rows=("tokens", "lengths"))
@@ -156,18 +119,18 @@ def _score(model, tokens, lengths, *, shapes):
 
 
 @_compiled(rows=("tokens", "lengths", "limit", "keys"), out=lambda row: (row, P()))
-def _start(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter):
-    prompted = decode.prefill(model, tokens, lengths, shapes, drafter)
+def _start(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter, alone):
+    prompted = decode.prefill(model, tokens, lengths, shapes, drafter, alone)
     keys, gather = jax.random.wrap_key_data(keys), model.parallel.gather_rows
     state = decode.first_token(model, prompted, sampler, keys, stop, limit, drafter)
     return state, (gather(state.token), gather(state.done))
 
 
 @_compiled(rows=("limit", "keys", "state"), out=lambda row: (row, P()), donate=("state",))
-def _step(model, limit, sampler, keys, stop, state, *, drafter):
+def _step(model, limit, sampler, keys, stop, state, *, drafter, alone):
     # What the host fetches while the next step runs must not be part of the donated state.
     keys, gather = jax.random.wrap_key_data(keys), model.parallel.gather_rows
-    state, new = decode.decode_step(model, state, sampler, keys, stop, limit, drafter)
+    state, new = decode.decode_step(model, state, sampler, keys, stop, limit, drafter, alone)
     return state, (gather(new), gather(state.done | False))
 
 
@@ -185,7 +148,7 @@ def logits(model: DeepseekV4, tokens, lengths=None) -> jax.Array:
     tokens, lengths = _check_prompts(model, tokens, lengths)
     _check_room(model, lengths, 0)
     shapes = Shapes.of(tokens.shape[1], 0, model.max_tokens)
-    out = _score(*_ready(model), *_fill_shards(model, _pad(tokens, shapes.prompt), lengths), shapes=shapes)
+    out = _score(*ready(model), *_fill_shards(model, _pad(tokens, shapes.prompt), lengths), shapes=shapes)
     return out[: len(tokens), : tokens.shape[1]]
 
 
@@ -199,6 +162,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_ids: Sequence[int] = (),
     drafts: int = 0,
+    deterministic: bool = False,
 ) -> Generation:
     """Continue prompts in one compiled call: prefill in chunks, then a decode loop on the device.
 
@@ -211,12 +175,14 @@ def generate(
       stop_ids: ids that end a row; the stop id itself is returned.
       drafts: tokens that the MTP layers guess ahead per step, 0 .. 8; more tokens per step where they guess right, the
         same tokens in any case.
+      deterministic: the same bits for a row alone and in any batch, with drafts and without, on any number of `data`
+        shards; rows and tokens go through the model one after the other.
     Raises:
       ValueError: before any work, for anything that does not fit; the message says what to change.
     """
-    request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts)
+    request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
     began, rows = time.perf_counter(), request.rows
-    out = _generate(*_ready(model), *request.inputs, shapes=request.shapes, drafter=request.drafter)
+    out = _generate(*request.parts(model), *request.inputs, shapes=request.shapes, **request.how)
     out = jax.device_get(out)
     seconds = time.perf_counter() - began
     lengths, prompts = out.lengths[:rows], request.inputs[1][:rows]
@@ -236,18 +202,19 @@ def stream(
     seed: int | Sequence[int] = 0,
     stop_ids: Sequence[int] = (),
     drafts: int = 0,
+    deterministic: bool = False,
 ) -> Iterator[StreamEvent]:
     """As `generate`, token by token over the same step; yields StreamEvents while the next steps run."""
-    request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts)
+    request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
     return _events(model, request, max_new_tokens)
 
 
 def _events(model: DeepseekV4, request: _Request, limit: int) -> Iterator[StreamEvent]:
-    parts, drafter, rows = _ready(model), request.drafter, request.rows
-    state, begun = _start(*parts, *request.inputs, shapes=request.shapes, drafter=drafter)
+    parts, rows = request.parts(model), request.rows
+    state, begun = _start(*parts, *request.inputs, shapes=request.shapes, **request.how)
     first, done = (x[:rows] for x in jax.device_get(begun))
     yield StreamEvent(0, first, done)
-    step = lambda state: _step(*parts, *request.inputs[2:], state, drafter=drafter)
+    step = lambda state: _step(*parts, *request.inputs[2:], state, **request.how)
     number, rounds = 1, 0 if done.all() else limit - 1
     for new, done_after in model.schedule.run(step, state, rounds):
         new, done_after = new[:rows], done_after[:rows]
@@ -276,10 +243,14 @@ class _Request:
     rows: int
     inputs: tuple[Any, ...]
     shapes: Shapes
-    drafter: Drafter | None
+    how: dict[str, Any]  # the drafter, and whether rows go alone
+
+    def parts(self, model: DeepseekV4):
+        """The model as the programs take it; rows that go alone read weights in one order on any mesh."""
+        return ready(model, turn=not self.how["alone"])
 
     @classmethod
-    def make(cls, model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts) -> _Request:
+    def make(cls, model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic) -> _Request:
         tokens, lengths = _check_prompts(model, tokens, lengths)
         if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1")
@@ -296,7 +267,8 @@ class _Request:
         keys = np.asarray(jax.random.key_data(row_keys(_check_seed(seed, rows), rows)))
         limit = np.full(rows, max_new_tokens, np.int32)
         tokens, lengths, limit, keys = _fill_shards(model, _pad(tokens, shapes.prompt), lengths, limit, keys)
-        return cls(rows, (tokens, lengths, limit, sampler, keys, stop), shapes, drafter)
+        how = {"drafter": drafter, "alone": bool(deterministic)}
+        return cls(rows, (tokens, lengths, limit, sampler, keys, stop), shapes, how)
 
 
 def _fill_shards(model: DeepseekV4, *rows: np.ndarray) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.cache import Cache
+from dsv4_jax.generate.alone import PIECE, continue_alone, head_alone
 from dsv4_jax.generate.sampling import Sampler
 from dsv4_jax.generate.speculative import Drafter, Drafts, choose, count_accepted, first_drafts, next_drafts
 from dsv4_jax.model import DeepseekV4
@@ -86,7 +87,12 @@ def chunks_of(tokens: jax.Array, lengths: jax.Array, index: jax.Array, chunk: in
 
 
 def prefill(
-    model: DeepseekV4, tokens: jax.Array, lengths: jax.Array, shapes: Shapes, drafter: Drafter | None = None
+    model: DeepseekV4,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    shapes: Shapes,
+    drafter: Drafter | None = None,
+    alone: bool = False,
 ) -> Prompted:
     """Right-padded prompts [B, shapes.prompt], chunk by chunk through the cache and past the drafter."""
     B, chunk = tokens.shape[0], shapes.chunk
@@ -97,7 +103,7 @@ def prefill(
         index, last, cache, memory = carry
         piece, count = chunks_of(tokens, lengths, index, chunk)
         start = cache.length
-        streams, cache = model(piece, cache, count)
+        streams, cache = continue_alone(model, piece, cache, count, PIECE) if alone else model(piece, cache, count)
         at_end = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)[:, 0]
         ends_here = (lengths - 1) // chunk == index
         if drafter is not None:  # what follows a prompt's last token is not known yet
@@ -113,7 +119,8 @@ def prefill(
     else:
         longest = model.parallel.largest(lengths.max())
         _, last, cache, memory = jax.lax.while_loop(lambda c: c[0] * chunk < longest, run_chunk, carry)
-    return Prompted(model.head(last[:, None])[:, 0], last, cache, memory)
+    logits = head_alone(model, last[:, None]) if alone else model.head(last[:, None])
+    return Prompted(logits[:, 0], last, cache, memory)
 
 
 def first_token(
@@ -130,7 +137,14 @@ def first_token(
 
 
 def decode_step(
-    model: DeepseekV4, state: DecodeState, sampler: Sampler, keys, stop, limit, drafter: Drafter | None = None
+    model: DeepseekV4,
+    state: DecodeState,
+    sampler: Sampler,
+    keys,
+    stop,
+    limit,
+    drafter: Drafter | None = None,
+    alone: bool = False,
 ) -> tuple[DecodeState, jax.Array]:
     """One step for every unfinished row: its last token, and its drafts, go through the model.
 
@@ -144,8 +158,14 @@ def decode_step(
     if drafts is not None:
         tokens = jnp.concatenate([tokens, drafts.tokens], axis=1)
     T = tokens.shape[1]
-    streams, cache = model(jnp.where(active[:, None], tokens, 0), state.cache, active.astype(jnp.int32) * T)
-    chosen = choose(model.head(streams), sampler, keys, state.produced)
+    tokens, count = jnp.where(active[:, None], tokens, 0), active.astype(jnp.int32) * T
+    if alone:
+        streams, cache = continue_alone(model, tokens, state.cache, count, 1)
+        logits = head_alone(model, streams)
+    else:
+        streams, cache = model(tokens, state.cache, count)
+        logits = model.head(streams)
+    chosen = choose(logits, sampler, keys, state.produced)
     right = jnp.zeros_like(start) if drafts is None else count_accepted(drafts.tokens, chosen)
     stops = jnp.isin(chosen, stop)
     before_stop = jnp.where(stops.any(1), jnp.argmax(stops, axis=1), T) + 1
@@ -169,6 +189,7 @@ def generate_tokens(
     stop: jax.Array,
     shapes: Shapes,
     drafter: Drafter | None = None,
+    alone: bool = False,
 ) -> Decoded:
     """Prefill and the whole decode loop on the device; stops early when every row has.
 
@@ -177,15 +198,16 @@ def generate_tokens(
       limit: int32 [] or [B], new tokens wanted, 1 .. shapes.new.
       keys: one PRNG key per row; stop: int32 [K] ids that end a row, padded with -2.
       drafter: who guesses tokens ahead; it changes how long this takes and nothing else.
+      alone: the deterministic mode; see `alone.py`.
     """
-    prompted = prefill(model, tokens, lengths, shapes, drafter)
+    prompted = prefill(model, tokens, lengths, shapes, drafter, alone)
     state = first_token(model, prompted, sampler, keys, stop, limit, drafter)
     B = tokens.shape[0]
     out = jnp.full((B, shapes.new), -1, jnp.int32).at[:, 0].set(state.token)
 
     def body(carry):
         state, out, steps, _ = carry
-        after, new = decode_step(model, state, sampler, keys, stop, limit, drafter)
+        after, new = decode_step(model, state, sampler, keys, stop, limit, drafter, alone)
         slot = jnp.where(new >= 0, state.produced[:, None] + jnp.arange(new.shape[1]), shapes.new)
         out = out.at[jnp.arange(B)[:, None], slot].set(new, mode="drop")
         return after, out, steps + 1, is_unfinished(model, after)

@@ -83,23 +83,25 @@ def abstract_model(job: Job, parallel: Parallel) -> DeepseekV4:
 def lower(job: Job):
     """The step of a job, traced and lowered for its devices; and its weights with their places."""
     topology = parse_topology(job.topology)
-    parallel = Parallel.over(named_mesh(job.mesh, topology.make_devices()), job.config)
+    mesh = named_mesh(job.mesh, topology.make_devices())
+    parallel = Parallel.over(mesh, job.config)
     model = abstract_model(job, parallel)
     step, state = (decode_inputs if job.step == "decode" else prefill_inputs)(job, model)
     row, weights = parallel.batch_spec, parallel.place(model)
     # As between the turns of `generate`'s loop, the compiler chooses how the state lies in memory.
-    free = Format(Layout.AUTO, NamedSharding(parallel.mesh, row))
+    free = Format(Layout.AUTO, NamedSharding(mesh, row))
     places = (jax.tree.map(lambda x: x.sharding, weights), free)
     run = parallel.shard(step, (parallel.specs(model), row), row)
     run = jax.jit(run, donate_argnums=1, in_shardings=places, out_shardings=free)
-    with jax.sharding.use_abstract_mesh(parallel.mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return run.trace(weights, state).lower(lowering_platforms=(topology.chip.platform,)), weights
 
 
 def decode_inputs(job: Job, model: DeepseekV4):
     """`generate`'s own decode step, and the state it takes."""
     drafter = MtpDrafter(job.drafts) if job.drafts else None
-    rows = jax.ShapeDtypeStruct((job.rows,), jnp.int32)
+    array: Any = jax.ShapeDtypeStruct
+    rows = array((job.rows,), jnp.int32)
 
     def step(model, state):
         stop, limit = jnp.zeros((1,), jnp.int32), jnp.full(state.token.shape, job.context)
@@ -109,10 +111,10 @@ def decode_inputs(job: Job, model: DeepseekV4):
     drafts = None
     if drafter:
         memory = jax.eval_shape(lambda: drafter.init(model, job.rows))
-        guesses = jax.ShapeDtypeStruct((job.rows, job.drafts), jnp.int32)
+        guesses = array((job.rows, job.drafts), jnp.int32)
         drafts = Drafts(guesses, memory, guesses, rows)
     cache = jax.eval_shape(lambda: model.init_cache(job.rows, drafts=job.drafts))
-    return step, DecodeState(rows, jax.ShapeDtypeStruct((job.rows,), jnp.bool_), rows, cache, drafts)
+    return step, DecodeState(rows, array((job.rows,), jnp.bool_), rows, cache, drafts)
 
 
 def prefill_inputs(job: Job, model: DeepseekV4):

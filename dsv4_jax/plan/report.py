@@ -58,9 +58,9 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Weights, cache, and the larger step's temporaries."""
-        steps = (self.decode, self.prefill)
-        return self.weights + self.cache + max(step.get("temporaries", 0) for step in steps)
+        """Weights, the cache as it lies in memory, and the larger step's temporaries."""
+        temporaries = max(step.get("temporaries", 0) for step in (self.decode, self.prefill))
+        return self.weights + max(self.cache, self.decode.get("state", 0)) + temporaries
 
     @property
     def errors(self) -> list[str]:
@@ -203,8 +203,8 @@ def plan(
         found.cache, found.step_seconds(topology), {}, {},
     )  # fmt: skip
     if compiled and result.fits:
-        steps = {"decode": measure_in_child(decode, timeout), "prefill": measure_in_child(prefill, timeout)}
-        result = dataclasses.replace(result, **steps)
+        result = dataclasses.replace(result, decode=measure_in_child(decode, timeout))
+        result = dataclasses.replace(result, prefill=measure_in_child(prefill, timeout))
     return result if result.fits else dataclasses.replace(result, suggestion=_suggest(decode, mesh, topology, result))
 
 

@@ -12,6 +12,8 @@ ROW_ALIGN = 16  # rows of a 16-bit array that lie in one tile of memory
 STEP_CYCLES = 2600  # that reading a tile of a large weight takes: a step has some 1000 cycles of latency to hide
 MIN_TILE_BYTES = 1 << 20  # of a small weight's tiles
 TILES_WANTED = 8  # of a weight in between, for each core: the first product waits for the first tile
+SMALL_BYTES, SMALL_COLUMNS, SMALL_TILE_BYTES = 12 << 20, 256, 2 << 20  # of a small weight: few steps, not one alone
+LARGE_VMEM = 128 << 20
 WIDE, MAX_WIDE = 2048, 8192  # columns of a tile where it may be deep, and where there are few channels
 
 
@@ -44,17 +46,20 @@ def default_config(
     whole = columns % LANES == 0 and channels % LANES == 0
     fold = exact_scales and whole and chip.generation >= 6
     most = 1024 if fold else 512
+    deep = 2048 if fold else 1024
+    if fold and groups > 1 and chip.vmem_bytes >= LARGE_VMEM:
+        deep = 4096  # a group's channels at once: rows are turned once, and sums need not be fetched again
     return TpuConfig(
-        min(most, _align(rows, ROW_ALIGN)),
-        column_tile(columns, most),
-        divisor(channels, 2048 if fold else 1024, unit),
-        fold,
+        min(most, _align(rows, ROW_ALIGN)), column_tile(columns, most), divisor(channels, deep, unit), fold
     )
 
 
 def _few_rows(chip: Chip, rows: int, columns: int, channels: int, unit: int, groups: int) -> TpuConfig:
     """Wide tiles rather than deep ones: the sums over 128 channels follow each other, those of columns do not."""
-    tile_bytes = weight_tile_bytes(chip, groups * columns * channels)
+    size = groups * columns * channels
+    if chip.cores == 1 and size <= SMALL_BYTES and SMALL_COLUMNS * channels <= SMALL_TILE_BYTES:
+        return TpuConfig(_align(rows, ROW_ALIGN), column_tile(columns, SMALL_COLUMNS), channels, False)
+    tile_bytes = weight_tile_bytes(chip, size)
     share = max(LANES, groups * columns // chip.cores)
     wide = column_tile(columns, min(WIDE, share))
     deep = divisor(channels, max(LANES, tile_bytes // wide), unit)

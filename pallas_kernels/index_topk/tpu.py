@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
-from pallas_kernels.index_topk.tuning import DECODE_TOKENS, Config, default_config
+from pallas_kernels.index_topk.tuning import DECODE_TOKENS, SEARCHED, Config, default_config
 from pallas_kernels.mask_bits import GROUP, LANES, WORD, MaskBits, words_for
 from pallas_kernels.sparse_mla.reference import Indices
 
@@ -30,6 +30,7 @@ ROWS = 8  # sublanes of a register
 COUNT_CHUNKS = 8  # chunks of one counting step in prefill
 COUNT_REGISTERS = 32  # scores of one counting step in decode; at most 32 chunks
 PARTIAL_COUNTS = 8  # registers counted into, in decode
+SEARCH_BITS = 2  # of a score found by one step of the search, in decode
 PRODUCT_ROWS = 512  # heads times queries of one product in prefill
 PRODUCTS = 8  # of one query and 1024 keys, worked on together in decode
 HIDDEN = -(2**31)  # below the integer of every score
@@ -62,7 +63,7 @@ def index_topk_tpu(
     _check(q, weights, keys, visible, scale, top_k)
     q, weights, keys = _whole_registers(q, weights, keys)
     (_, T, _, _), N = q.shape, keys.shape[1]
-    config = config or default_config(T, N, chip)
+    config = config or default_config(T, N, chip, q.shape[0])
     top_k = min(top_k, N)
     as_bits = T > DECODE_TOKENS if as_bits is None else as_bits
     decode = T <= DECODE_TOKENS and not as_bits
@@ -120,9 +121,15 @@ class _Search:
         return self.groups, self.rows, LANES
 
     @property
+    def bits(self) -> int:
+        """Of a score, found in one step. More of them cost more counting in all, but fewer waits."""
+        return SEARCH_BITS if self.decode and self.groups <= SEARCHED else 1
+
+    @property
     def partial(self) -> int:
         """Chunks counted apart, so that additions need not wait for each other."""
-        return min(self.step, max(1, PARTIAL_COUNTS // self.groups)) if self.decode else 1
+        counts = self.groups * (2**self.bits - 1)
+        return min(self.step, max(1, PARTIAL_COUNTS // counts)) if self.decode else 1
 
     @property
     def chunk_entries(self) -> int:
@@ -140,16 +147,16 @@ class _Search:
         index += self.chunk_entries * jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         return index + LANES * jax.lax.broadcasted_iota(jnp.int32, shape, 2) if self.decode else index
 
-    def count(self, scores_ref, steps, test) -> jax.Array:
-        """How many scores of each query pass `test(scores, first chunk)`, as fp32 (exact: fewer than 2^24)."""
+    def count(self, scores_ref, steps, thresholds: list[jax.Array]) -> list[jax.Array]:
+        """How many scores of each query reach each threshold, as fp32 (exact: fewer than 2^24)."""
 
         def add(i, found):
-            passed = test(scores_ref[pl.ds(i * self.step, self.step)], i * self.step)
-            passed = passed.astype(jnp.float32).reshape(-1, self.partial, *self.plane)
-            return found + jnp.sum(passed, axis=0)
+            scores = scores_ref[pl.ds(i * self.step, self.step)]
+            reached = [(scores >= t).astype(jnp.float32).reshape(-1, self.partial, *self.plane) for t in thresholds]
+            return [f + jnp.sum(r, axis=0) for f, r in zip(found, reached, strict=True)]
 
-        zero = jnp.zeros((self.partial, *self.plane), jnp.float32)
-        return self.total(jnp.sum(jax.lax.fori_loop(0, steps, add, zero), axis=0))
+        zeros = [jnp.zeros((self.partial, *self.plane), jnp.float32) for _ in thresholds]
+        return [self.total(jnp.sum(found, axis=0)) for found in jax.lax.fori_loop(0, steps, add, zeros)]
 
     def repeat(self, times: int, going, step, state):
         """`step(state)` while `going(state)`, at most `times` times; exactly so often without data_dependent."""
@@ -167,37 +174,59 @@ def _search(scores_ref, visible, steps, find: _Search):
     """The pick of each query as (least score, last entry): all scores above, and those equal up to that entry.
 
     Every number of a query is repeated over a plane of its scores: broadcasting it in the inner loop costs more than
-    the counting.
+    the counting. A step of the search takes as long as a count takes to come back, so it counts at several thresholds.
     """
     want = jnp.minimum(visible, find.top_k).astype(jnp.float32)
 
-    def halve(state):
+    def narrow(state):
         low, high, at_low, at_high = state
-        middle = _middle(low, high)
-        found = find.count(scores_ref, steps, lambda x, _: x >= middle)
-        up = found >= want
-        choose = lambda a, b: jnp.where(up, a, b)
-        return choose(middle, low), choose(high, middle), choose(found, at_low), choose(at_high, found)
+        between = [low, high]
+        for _ in range(find.bits):
+            middles = [_middle(a, b) for a, b in itertools.pairwise(between)]
+            between = [*itertools.chain(*zip(between, middles, strict=False)), high]
+        counted = list(zip(between[1:-1], find.count(scores_ref, steps, between[1:-1]), strict=True))
+        for middle, found in counted:
+            low, at_low = jnp.where(found >= want, middle, low), jnp.where(found >= want, found, at_low)
+        for middle, found in reversed(counted):
+            high, at_high = jnp.where(found < want, middle, high), jnp.where(found < want, found, at_high)
+        return low, high, at_low, at_high
 
     low = jnp.full(visible.shape, HIDDEN + 1, jnp.int32)
     high = jnp.full(visible.shape, 2**31 - 1, jnp.int32)
     state = low, high, visible.astype(jnp.float32), jnp.zeros(visible.shape, jnp.float32)
     going = lambda s: (s[2] != want) & (s[0] + 1 != s[1])
-    least, _, at_least, above = find.repeat(32, going, halve, state)
+    least, _, at_least, above = find.repeat(-(-32 // find.bits), going, narrow, state)
+    last = lambda: _last_of_ties(scores_ref, least, want - above, steps, find)
+    if not find.data_dependent:
+        return least, last()
+    every = lambda: jnp.full(visible.shape, find.chunks * find.chunk_entries, jnp.int32)
+    return least, jax.lax.cond(jnp.max(at_least - want) > 0, last, every)
 
-    # Ties: the smallest `last` with enough of the equal scores at or before it.
-    def narrow(state):
-        low, high = state
-        middle = _middle(low, high)
-        equal = lambda x, chunk: (x == least) & (find.entries(chunk) <= middle)
-        enough = find.count(scores_ref, steps, equal) >= want - above
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    size = find.chunks * find.chunk_entries
-    low = jnp.where(at_least == want, size - 1, -1).astype(jnp.int32)
-    high = jnp.full(visible.shape, size, jnp.int32)
-    _, last = find.repeat(size.bit_length() + 1, lambda s: s[0] + 1 != s[1], narrow, (low, high))
-    return least, last
+def _last_of_ties(scores_ref, least, wanted, steps, find: _Search) -> jax.Array:
+    """The entry of the wanted-th score that equals `least`: first the chunk that holds it, then where in it."""
+
+    def look(i, state):
+        equal = (scores_ref[pl.ds(i * find.step, find.step)] == least).astype(jnp.float32)
+        seen, chunk, left, held = state
+        for j in range(find.step):
+            upto = seen + find.total(equal[j])
+            here = (seen < wanted) & (upto >= wanted)
+            chunk = jnp.where(here, i * find.step + j, chunk)
+            left, held = jnp.where(here, wanted - seen, left), jnp.where(here, equal[j], held)
+            seen = upto
+        return seen, chunk, left, held
+
+    zero = jnp.zeros(find.plane, jnp.float32)
+    _, chunk, left, held = jax.lax.fori_loop(0, steps, look, (zero, zero.astype(jnp.int32), zero, zero))
+    upto = _product(_bf16(held.reshape(-1, LANES)), _bf16(_lanes_upto())).reshape(find.plane)
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, find.plane, axis) for axis in (1, 2))
+    if find.decode:  # the rows of a chunk follow each other
+        ends = jnp.broadcast_to(upto[..., LANES - 1 :], find.plane)
+        upto += sum(jnp.where(row > r, ends[:, r : r + 1], 0.0) for r in range(ROWS - 1))
+        lane += LANES * row
+    place = jnp.where((held > 0) & (upto == left), lane, 0).astype(jnp.float32)
+    return chunk * find.chunk_entries + find.total(place).astype(jnp.int32)
 
 
 def _ordered(scores: jax.Array) -> jax.Array:
@@ -330,9 +359,7 @@ def _compact(picks_ref, table_ref, slots: int) -> jax.Array:
       picks_ref: 0/1 bf16 [squares, 128, 128], 128 entries to a row.
       table_ref: fp32 [squares, 2, 128] to work in.
     """
-    upto = _bf16(
-        jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0) <= jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
-    )
+    upto = _bf16(_lanes_upto())
     ones = jnp.ones((ROWS, LANES), jnp.bfloat16)
     ends = [jnp.float32(0)]
     for i in range(picks_ref.shape[0]):
@@ -381,6 +408,12 @@ def _compact_scratch(N: int) -> list:
     return [pltpu.VMEM((squares, LANES, LANES), jnp.bfloat16), pltpu.VMEM((squares, 2, LANES), jnp.float32)]
 
 
+def _lanes_upto() -> jax.Array:
+    """True [128, 128] where the row is not past the lane: a product with it sums the lanes up to each."""
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+    return row <= lane
+
+
 def _bf16(x) -> jax.Array:
     """Truth values and counts up to 256 are exact in bf16; a product of them sums in fp32."""
     return x.astype(jnp.float32).astype(jnp.bfloat16)
@@ -393,21 +426,37 @@ def _product(a, b, dimensions=(((1,), (0,)), ((), ()))) -> jax.Array:
 def _kernel(
     blocks_ref, q_ref, w_ref, visible_ref, keys_ref, *rest, find: _Search, config: Config, tiles: int, blocks: int
 ):
+    """One block of keys; tiles: of queries in prefill, sequences searched together in decode."""
     scale_ref = rest[0] if find.has_scale else None
     out_ref, scores_ref, *work = rest[find.has_scale :]
     b, tile, block = (pl.program_id(axis) for axis in range(3))
     used = blocks_ref[b * tiles + tile]
-    visible = visible_ref[...]
-    score = _score_decode if find.decode else _score_prefill
+    most = used
+    if find.decode:
+        most = functools.reduce(jnp.maximum, [blocks_ref[b * tiles + i] for i in range(tiles)])
+        mine = pl.ds(tile * (find.groups // tiles), find.groups // tiles)
+        visible, own_scores, score = visible_ref[mine], scores_ref.at[:, mine], _score_decode
+    else:
+        visible, own_scores, score = visible_ref[...], scores_ref, _score_prefill
 
     @pl.when(block < used if find.data_dependent else True)
     def _score():
-        score(q_ref, w_ref, keys_ref, scale_ref, visible, scores_ref, block, config)
+        score(q_ref, w_ref, keys_ref, scale_ref, visible, own_scores, block, config)
 
-    @pl.when(block == pl.num_programs(2) - 1)
+    chunks = config.key_block // find.chunk_entries
+
+    if find.decode and tiles > 1 and find.data_dependent:
+
+        @pl.when((block >= used) & (block < most))
+        def _skip():
+            shape = (chunks, *own_scores.shape[1:])
+            own_scores[pl.ds(block * chunks, chunks)] = jnp.full(shape, HIDDEN, jnp.int32)
+
+    @pl.when((block == pl.num_programs(2) - 1) & (tile == tiles - 1 if find.decode else True))
     def _pick():
-        seen = jnp.broadcast_to(visible if find.decode else visible[None], find.plane)
-        written = (used if find.data_dependent else blocks) * (config.key_block // find.chunk_entries)
+        every = visible_ref[...]
+        seen = jnp.broadcast_to(every if find.decode else every[None], find.plane)
+        written = (most if find.data_dependent else blocks) * chunks
         steps = pl.cdiv(written, find.step)
 
         def hide(chunk, carry):
@@ -432,47 +481,51 @@ def _select(q, weights, keys, visible, scale, top_k: int, chip: Chip, config: Co
     find = _layout(T, N, top_k, config, decode, scale is not None)
     used = jnp.max(jnp.pad(visible, ((0, 0), (0, tiles * rows - T))).reshape(B, tiles, rows), axis=-1)
     used = jnp.ceil(used / config.key_block).astype(jnp.int32) if config.data_dependent else jnp.full_like(used, blocks)
-    at = lambda b, t, n, used: (b, t, 0)
-    if decode:
+    if decode:  # sequences take the place of tiles of queries
+        tiles = config.sequences
         width = math.ceil(top_k / LANES) * LANES
-        out_spec = pl.BlockSpec((None, T, 1, width), lambda b, t, n, used: (b, 0, 0, 0))
+        searched = lambda b, t, n, used: (b, 0, 0)
+        own = lambda b, t, n, used: (b * tiles + t, 0, 0)
+        operands = [q.reshape(B, T * H, D), weights.astype(jnp.float32).reshape(B, T * H, 1)]
+        specs = [pl.BlockSpec((None, *x.shape[1:]), own) for x in operands]
+        operands.append(visible.reshape(B * T, 1, 1))
+        specs.append(pl.BlockSpec((tiles * T, 1, 1), searched))
+        out_shape, out_spec = (B * T, 1, width), pl.BlockSpec((tiles * T, 1, width), searched)
+        key_row = lambda b, t: b * tiles + t
     else:
         width = words_for(N)
-        out_spec = pl.BlockSpec((None, rows, width), at)
-    operands: tuple[jax.Array, ...]
-    if decode:
-        operands = (q.reshape(B, T * H, D), weights.astype(jnp.float32).reshape(B, T * H, 1), visible[..., None, None])
-        specs = [pl.BlockSpec((None, T * H, D), at), pl.BlockSpec((None, T * H, 1), at)]
-        specs.append(pl.BlockSpec((None, T, 1, 1), lambda b, t, n, used: (b, 0, 0, 0)))
-    else:
+        at = lambda b, t, n, used: (b, t, 0)
         seen = jnp.pad(visible, ((0, 0), (0, tiles * rows - T)))[..., None]
-        operands = (q.reshape(B, T, H * D), weights.astype(jnp.float32), seen)
+        operands = [q.reshape(B, T, H * D), weights.astype(jnp.float32), seen]
         specs = [pl.BlockSpec((None, rows, x.shape[-1]), at) for x in operands]
-    key_at = lambda b, t, n, used: (b, jnp.minimum(n, jnp.maximum(used[b * tiles + t] - 1, 0)), 0)
-    operands, specs = (*operands, keys), [*specs, pl.BlockSpec((None, config.key_block, D), key_at)]
+        out_shape, out_spec = (B, T, width), pl.BlockSpec((None, rows, width), at)
+        key_row = lambda b, t: b
+    key_at = lambda b, t, n, used: (key_row(b, t), jnp.minimum(n, jnp.maximum(used[b * tiles + t] - 1, 0)), 0)
+    operands.append(keys)
+    specs.append(pl.BlockSpec((None, config.key_block, D), key_at))
     if scale is not None:
         scale = scale.astype(jnp.float32)
         if decode:
-            scale = jnp.pad(scale, ((0, 0), (0, -N % LANES))).reshape(B, -1, LANES)
+            operands.append(jnp.pad(scale, ((0, 0), (0, -N % LANES))).reshape(B, -1, LANES))
             specs.append(pl.BlockSpec((None, config.key_block // LANES, LANES), key_at))
         else:
-            scale, turned = scale[:, None], lambda *at: (at[0], 0, key_at(*at)[1])
-            specs.append(pl.BlockSpec((None, 1, config.key_block), turned))
-        operands = (*operands, scale)
-    shape = (find.chunks, find.groups, find.rows, LANES)
+            operands.append(scale[:, None])
+            specs.append(pl.BlockSpec((None, 1, config.key_block), lambda *at: (at[0], 0, key_at(*at)[1])))
+    shape = (find.chunks, *find.plane)
     _check_vmem(shape, chip)
     picked = pl.pallas_call(
         functools.partial(_kernel, find=find, config=config, tiles=tiles, blocks=blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, tiles, blocks),
+            grid=(B // tiles, tiles, blocks) if decode else (B, tiles, blocks),
             in_specs=specs,
             out_specs=out_spec,
             scratch_shapes=[pltpu.VMEM(shape, jnp.int32), *(_compact_scratch(N) if decode else [])],
         ),
-        out_shape=jax.ShapeDtypeStruct((B, T, 1, width) if decode else (B, T, width), jnp.int32),
+        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.int32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=chip.vmem_bytes * 3 // 4
+            dimension_semantics=("parallel", "arbitrary" if decode else "parallel", "arbitrary"),
+            vmem_limit_bytes=chip.vmem_bytes * 3 // 4,
         ),
         interpret=interpret,
         name="index_topk_decode" if decode else "index_topk_prefill",
@@ -484,9 +537,10 @@ def _layout(T: int, N: int, top_k: int, config: Config, decode: bool, has_scale:
     """Room for whole blocks of keys, and for what `_store_indices` and `_store_bits` take at a time."""
     entries = config.key_block * math.ceil(N / config.key_block)
     if decode:
-        step = max(1, COUNT_REGISTERS // (1 << (T - 1).bit_length()))
+        groups = T * config.sequences
+        step = max(1, COUNT_REGISTERS // (1 << (groups - 1).bit_length()))
         chunks = math.ceil(entries / (GROUP * ROWS)) * WORD
-        return _Search(True, chunks, T, ROWS, step, top_k, config.data_dependent, has_scale)
+        return _Search(True, chunks, groups, ROWS, step, top_k, config.data_dependent, has_scale)
     chunks = entries // LANES
     chunks = chunks if chunks < WORD else math.ceil(entries / GROUP) * WORD
     return _Search(False, chunks, 1, config.query_tile, COUNT_CHUNKS, top_k, config.data_dependent, has_scale)

@@ -117,10 +117,12 @@ def test_one_trace_per_kind_of_layer():
 
 
 def test_the_cache_is_donated(tiny):
-    from dsv4_jax.generate import api
+    from dsv4_jax.generate import api, prepare
 
     state, sampler, keys, stop, limit = decode_inputs(tiny)
-    lowered = api._step.lower(*api._split(tiny), limit, sampler, keys, stop, state=state, drafter=None)
+    keys = jax.eval_shape(jax.random.key_data, keys)
+    inputs = (*prepare.split(tiny), limit, sampler, keys, stop, state)
+    lowered = api._step.lower(*inputs, drafter=None, alone=False)
     alias = lowered.compile().memory_analysis().alias_size_in_bytes
     cache_bytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert alias >= 0.99 * cache_bytes

@@ -21,7 +21,7 @@ NO_PREFETCH = {"v6e": {"xla_tpu_scoped_vmem_limit_kib": "125000"}, "v7x": {}}
 
 @pytest.mark.aot
 @pytest.mark.skipif(not aot.available("tpu"), reason="needs libtpu: pip install 'dsv4-jax[aot]'")
-@pytest.mark.parametrize("name", ["v6e", "v7x"])
+@pytest.mark.parametrize("name", ["v6e", "v7x"] if os.environ.get("DSV4_FULL_TESTS") else ["v6e"])
 def test_no_weight_is_widened_or_read_twice(name):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     child = subprocess.run([sys.executable, __file__, name], env=env, capture_output=True, text=True, timeout=800)

@@ -60,7 +60,7 @@ def test_layer(case, index):
     def close(name, got):
         np.testing.assert_allclose(np.asarray(got), get(name), atol=ATOL, rtol=0, err_msg=name)
 
-    x, post, comb = layer.attn_hc.collapse(streams)
+    x, (post, comb) = layer.attn_hc.collapse(streams)
     close("hc_attn_post", post[0, rows])
     close("hc_attn_comb", comb[0, rows])
     close("hc_attn_collapsed", x[0, rows])
@@ -78,11 +78,11 @@ def test_layer(case, index):
         close("compressed_kv", after.compressor.entries[0, : len(entries)])
     if after.indexer is not None:
         check_selection(seen, get, rows, close, ids.shape[1])
-    streams = layer.attn_hc.expand(out, streams, post, comb)
-    x, _, _ = layer.ffn_hc.collapse(streams)
+    streams = layer.attn_hc.expand(out, streams, (post, comb))
+    x, _ = layer.ffn_hc.collapse(streams)
     normed = layer.post_attention_layernorm(x)
     close("ffn_in", normed[0, rows])
-    check_moe(layer.mlp, normed[0], ids[0], get, rows, close)
+    check_moe(layer.mlp, normed, step, get, rows, close)
 
 
 def streams_before(model, index, ids):
@@ -125,10 +125,11 @@ def check_selection(seen, get, rows, close, T):
     np.testing.assert_array_equal(got, selected)
 
 
-def check_moe(moe, x, tokens, get, rows, close):
-    index, weights = moe.gate(x, tokens)
+def check_moe(moe, normed, step, get, rows, close):
+    x = normed[0]
+    index, weights = moe.gate(x, step.tokens[0])
     order = np.argsort(np.asarray(index)[rows], axis=1)
     np.testing.assert_array_equal(np.take_along_axis(np.asarray(index)[rows], order, 1), get("router_indices"))
     close("router_weights", np.take_along_axis(np.asarray(weights)[rows], order, 1))
-    close("routed_out", moe.experts(x, index, weights)[np.asarray(rows)])
-    close("moe_out", moe(x[None], tokens[None])[0, np.asarray(rows)])
+    close("routed_out", moe.experts(x, index, weights, step.real[0])[np.asarray(rows)])
+    close("moe_out", moe(normed, step)[0, np.asarray(rows)])

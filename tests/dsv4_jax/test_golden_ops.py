@@ -12,13 +12,14 @@ from dsv4_jax.cache import CompressorCache, Step
 from dsv4_jax.compressor import Compressor
 from dsv4_jax.config import LayerSpec, ModelConfig, Yarn
 from dsv4_jax.experts import clamped_swiglu
-from dsv4_jax.hyper_connection import HyperConnection, HyperHead, split_mix
+from dsv4_jax.hyper_connection import HyperConnection, HyperHead
 from dsv4_jax.linear import linear, matmul, rms_norm
 from dsv4_jax.moe import router_scores, routing_weights
 from dsv4_jax.numerics import OfficialNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize, quantize_fp4, quantize_fp8, round_fp4, round_fp8
 from dsv4_jax.rope import RopeSpec, RopeTable, Rotation, apply_rope, build_table
+from dsv4_jax.streams import split_mix
 from pallas_kernels.formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_fp4
 from pallas_kernels.index_topk import index_scores, pick_entries, pick_entries_xla
 from pallas_kernels.sparse_mla import Indices, Mask, Window, sparse_mla, sparse_mla_xla
@@ -158,11 +159,11 @@ def test_hyper_connection_block_and_head():
         for part in ("fn", "base", "scale"):
             getattr(module, part).set_value(jnp.asarray(want[f"{name}.{part}"]))
     streams = jnp.asarray(want["block.x"])[None]
-    x, post, comb = block.collapse(streams)
+    x, (post, comb) = block.collapse(streams)
     close(x[0], want["block.collapsed_f64"])
     close(post[0], want["block.post_f64"])
     close(comb[0], want["block.comb_f64"])
-    out = block.expand(jnp.asarray(want["block.sublayer_out"])[None], streams, post, comb)
+    out = block.expand(jnp.asarray(want["block.sublayer_out"])[None], streams, (post, comb))
     close(out[0], want["block.streams_out_f64"])
     close(head(streams)[0], want["head.collapsed_f64"])
 

@@ -131,6 +131,19 @@ def test_a_token_does_not_depend_on_the_others():
     np.testing.assert_allclose(alone[0], whole[16], rtol=0, atol=2e-6 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["fp8", "fp4"])
+@pytest.mark.parametrize("n", [1, 8])
+def test_pairs_written_out_equal_the_loop(n, packed, monkeypatch):
+    rng = np.random.default_rng(n)
+    many = 16  # experts, so that the loop takes one pair at a time
+    gate_up, down = quantised((many, 2, F, M), packed, rng), quantised((many, M, F), packed, rng)
+    args = *routed(n, rng, many), gate_up, down, 2.0, EXACT
+    got = expert_mlp(*args)
+    monkeypatch.setattr("dsv4_jax.experts.FEW_PAIRS", 0)
+    want = expert_mlp(*args)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
 @pytest.mark.parametrize(
     ("pairs", "experts", "rows"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (24, 8, 4), (32, 8, 4), (10**6, 8, MAX_BLOCK_ROWS)]
 )

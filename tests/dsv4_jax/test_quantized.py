@@ -8,12 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv4_jax.linear import weight
+from dsv4_jax.linear import linear, weight
 from dsv4_jax.quantized import (
     QuantizedArray,
     dequantize,
-    expand,
-    expanded_bytes,
+    dequantize_halves,
 )
 from pallas_kernels.formats import _e2m1_by_f16, _e2m1_by_f32, _e4m3_by_f16
 
@@ -62,6 +61,18 @@ def test_a_quantised_weight_is_one_parameter_that_jit_takes():
     np.testing.assert_array_equal(jax.jit(lambda w: dequantize(w, jnp.float32))(w), dequantize(w, jnp.float32))
 
 
+@pytest.mark.parametrize("K", [64, 80, 96])
+def test_a_packed_weight_is_multiplied_by_its_values(K):
+    rng = np.random.default_rng(K)
+    data = jnp.asarray(rng.integers(0, 256, (24, K // 2)), jnp.uint8)
+    scale = jnp.asarray(rng.integers(120, 130, (24, -(-K // 32))), jnp.uint8)
+    w, x = QuantizedArray(data, scale, (1, 32), True), jnp.asarray(rng.standard_normal((3, K)), jnp.float32)
+    wide = np.asarray(dequantize(w, jnp.float32))
+    np.testing.assert_array_equal(np.stack(dequantize_halves(w, jnp.float32), -1).reshape(wide.shape), wide)
+    want = np.asarray(x, np.float64) @ wide.T
+    np.testing.assert_allclose(linear(x, w), want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
 def test_an_array_is_cast():
     out = dequantize(jnp.ones((2, 3), jnp.bfloat16), jnp.float32)
     assert out.dtype == jnp.float32 and out.shape == (2, 3)
@@ -69,12 +80,3 @@ def test_an_array_is_cast():
 
 def test_an_unquantised_weight_keeps_its_dtype():
     assert weight((2, 3), jnp.bfloat16, None, "fp8")[...].dtype == jnp.bfloat16
-
-
-def test_expanded_weights_keep_their_values_and_their_mark():
-    key = jax.random.key(0)
-    packed = QuantizedArray(jax.random.bits(key, (64, 32), jnp.uint8), jnp.full((64, 2), 120, jnp.uint8), (1, 32), True)
-    wide = expand({"w": packed, "b": jnp.ones(3)}, jnp.float32)
-    assert isinstance(wide["w"], QuantizedArray) and wide["w"].shape == packed.shape
-    assert expanded_bytes({"w": packed, "b": jnp.ones(3)}, jnp.float32) == 64 * 64 * 4
-    np.testing.assert_array_equal(dequantize(wide["w"], jnp.float32), dequantize(packed, jnp.float32))

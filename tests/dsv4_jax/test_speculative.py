@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import checkpoints
 import dsv4_jax
 from dsv4_jax import DeepseekV4, ModelConfig
-from dsv4_jax.generate import api
+from dsv4_jax.generate import api, prepare
 from dsv4_jax.generate.decode import Shapes, generate_tokens
 from dsv4_jax.generate.sampling import Greedy, Sample, row_keys
 from dsv4_jax.generate.speculative import Drafter, MtpDrafter
@@ -180,13 +180,14 @@ def test_sampled_drafts_follow_the_target_distribution():
 
 
 def start_decoding(model, tokens: np.ndarray, drafter, new: int, shapes: Shapes):
-    """The state after prefill, and a function that runs one step."""
-    parts, limit = api._split(model), np.int32(new)
-    choice = (Greedy(), row_keys(jnp.uint32(0), 1), np.full(8, -2, np.int32))
+    """The state after prefill, and a function that runs (or, given `api._step.lower`, lowers) one step."""
+    keys = np.asarray(jax.random.key_data(row_keys(jnp.uint32(0), 1)))
+    rest = (np.full(1, new, np.int32), Greedy(), keys, np.full(8, -2, np.int32))
     length = np.asarray([tokens.shape[1]], np.int32)
     padded = np.pad(tokens, ((0, 0), (0, shapes.prompt - tokens.shape[1]))).astype(np.int32)
-    state = api._start(*parts, padded, length, limit, *choice, shapes=shapes, drafter=drafter)
-    return state, functools.partial(api._step, *parts, limit, *choice, drafter=drafter)
+    parts, how = prepare.split(model), {"drafter": drafter, "alone": False}
+    state, _ = api._start(*parts, padded, length, *rest, shapes=shapes, **how)
+    return state, lambda state, run=api._step: run(*parts, *rest, state, **how)
 
 
 def test_own_rows_come_from_the_main_models_streams():
@@ -196,7 +197,7 @@ def test_own_rows_come_from_the_main_models_streams():
     text = jnp.asarray(np.concatenate([tokens, dsv4_jax.generate(model, tokens, max_new_tokens=24).tokens], axis=1))
     state, step = start_decoding(model, tokens, MtpDrafter(4), 24, Shapes(64, 32, 128))
     for _ in range(3):
-        state, _ = step(state=state)
+        state, _ = step(state)
     cursor = int(state.cache.length[0])
     zero, count = jnp.zeros(1, jnp.int32), jnp.full(1, cursor)
     streams, _ = model(text[:, :cursor], model.init_cache(1), count)
@@ -231,7 +232,7 @@ def test_drafts_take_ring_slack_and_nothing_else():
     for drafts in (0, 4):
         drafter = MtpDrafter(drafts) if drafts else None
         state, step = start_decoding(model, prompt(9), drafter, 9, Shapes(64, 16, 65536))
-        sizes = api._step.lower(*step.args, **step.keywords, state=state).compile().memory_analysis()
+        sizes = step(state, api._step.lower).compile().memory_analysis()
         held[drafts] = nbytes(state.cache)
         assert sizes.alias_size_in_bytes >= 0.99 * nbytes(state)
         assert sizes.temp_size_in_bytes < 0.2 * held[drafts]

@@ -7,6 +7,7 @@ heads in another order, and the seeds are such that no score lies within roundin
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from pallas_kernels.mask_bits import MaskBits, pack_mask, unpack_mask, words_for
 
 pytestmark = pytest.mark.interpreter
 
+FULL = bool(os.environ.get("DSV4_FULL_TESTS"))
 D = 128
 STRICT = pltpu.InterpretParams()
 V6E = chip("v6e")
@@ -104,7 +106,7 @@ def test_indices_from_bits_over_several_squares():
         np.testing.assert_array_equal(row, np.pad(want, (0, 1000 - len(want)), constant_values=-1))
 
 
-@pytest.mark.parametrize("T", [1, 8, 40])
+@pytest.mark.parametrize("T", [1, 8, 40] if FULL else [8, 40])
 def test_causal_rule_for_several_tokens(T):
     """Entry i is complete once token 4 i + 3 has been read: the query at position p sees floor((p + 1) / 4)."""
     q, weights, keys, _ = draw(T, 700)
@@ -112,8 +114,7 @@ def test_causal_rule_for_several_tokens(T):
     check((q, weights, keys, (position + 1) // 4), 64)
 
 
-@pytest.mark.parametrize("weight", [-1.0, 1.0])
-@pytest.mark.parametrize("T", [2, 16])
+@pytest.mark.parametrize(("T", "weight"), [(2, -1.0), (16, 1.0)] + [(2, 1.0), (16, -1.0)] * FULL)
 def test_scores_that_all_vanish_tie_and_the_first_entries_win(T, weight):
     q, keys = jnp.ones((2, T, 8, D), jnp.bfloat16), -jnp.ones((2, 1500, D), jnp.bfloat16)
     visible = jnp.full((2, T), 1400)
@@ -139,13 +140,13 @@ def test_entries_nobody_sees_may_hold_anything(T):
     assert sets(got) == want and want[-1] == set()
 
 
-@pytest.mark.parametrize("T", [2, 16])
+@pytest.mark.parametrize("T", [2, 16] if FULL else [2])
 def test_few_and_narrow_heads(T):
     q, weights, keys, visible = draw(T, 700)
     check((q[:, :, :3, :32], weights[:, :, :3], keys[:, :, :32], visible), 60)
 
 
-@pytest.mark.parametrize("T", [2, 16])
+@pytest.mark.parametrize("T", [2, 16] if FULL else [2])
 def test_float32(T):
     check(draw(T, 700, dtype=jnp.float32, integers=False), 60)
 
@@ -213,12 +214,12 @@ def test_mask_bits_round_trip(size):
         np.testing.assert_array_equal((words[..., word] >> bit & 1).astype(bool), mask[..., i])
 
 
-def make_case(target, T: int, N: int, top_k: int, fp8: bool = False):
+def make_case(target, T: int, N: int, top_k: int, fp8: bool = False, B: int = 4):
     """The kernel at the published 64 heads of 128, for `aot`."""
     H, array = 64, jax.ShapeDtypeStruct
-    keys = array((1, N, D), jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
-    args = [array((1, T, H, D), jnp.bfloat16), array((1, T, H), jnp.bfloat16), keys, array((1, T), jnp.int32)]
-    args += [array((1, N), jnp.float32)] if fp8 else []
+    keys = array((B, N, D), jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
+    args = [array((B, T, H, D), jnp.bfloat16), array((B, T, H), jnp.bfloat16), keys, array((B, T), jnp.int32)]
+    args += [array((B, N), jnp.float32)] if fp8 else []
 
     def run(q, weights, keys, visible, scale=None):
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, scale=scale, chip=target)
@@ -230,7 +231,7 @@ AOT_CASES = [
     {"T": T, "N": N, "top_k": top_k, "fp8": fp8}
     for T, N, top_k, fp8 in [
         (1, 262144, 512, False), (8, 262144, 1024, False), (1, 16384, 512, True),
-        (4096, 1024, 512, False), (512, 262144, 1024, False), (4096, 16384, 1024, True),
+        (512, 262144, 1024, False), (4096, 16384, 1024, True), *[(4096, 1024, 512, False)] * FULL,
     ]
 ]  # fmt: skip
 

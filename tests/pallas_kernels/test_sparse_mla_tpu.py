@@ -75,7 +75,6 @@ def check(args, *, chip_name="v6e", want_args=None, **options):
 CASES = [
     (1, 8, "first", {"B": 4}),
     (1, 64, "window only", {"fp8": True}),
-    (2, 16, "first", {"N": 700, "fp8": True}),  # four sequences side by side
     (1, 128, "indices", {"N": 1100, "B": 2}),  # three blocks, the last one short
     (3, 12, "first", {"B": 3, "N": 700}),  # heads padded to 16, sequences that run out of blocks before others
     (4, 64, "mask", {"N": 1100}),
@@ -88,6 +87,7 @@ CASES = [
     (1, 64, "window only", {}),
 ]
 MORE = [  # with DSV4_FULL_TESTS=1
+    (2, 16, "first", {"N": 700, "fp8": True}),  # two sequences side by side
     (1, 64, "all", {"N": 40}),
     (8, 16, "none", {"N": 1100}),
     (40, 16, "first", {"N": 700}),
@@ -108,15 +108,14 @@ def test_equals_the_reference(T, heads, kind, options, monkeypatch):
 @pytest.mark.parametrize(
     ("T", "heads", "kind", "N", "fp8"),
     [(1, 64, "indices", 640, False), (4, 8, "indices", 300, True), (40, 16, "indices", 640, False),
-     (5, 16, "all -1", 640, True)])  # fmt: skip
+     (5, 16, "all -1", 640, FULL)])  # fmt: skip
 def test_gathered_rows_equal_the_reference(T, heads, kind, N, fp8, monkeypatch):
     monkeypatch.setattr(kernel, "gather_is_faster", lambda *_: True)
     monkeypatch.setattr(kernel, "GATHER_BYTES", 1 << 18)  # 40 queries go in several chunks, the last one padded
     check(inputs(T, heads, kind, N=N, fp8=fp8))
 
 
-@pytest.mark.parametrize("kind", ["first", "indices"])
-@pytest.mark.parametrize("T", [2, 20])
+@pytest.mark.parametrize(("T", "kind"), [(2, "indices"), (20, "first")] + [(2, "first"), (20, "indices")] * FULL)
 def test_float32(T, kind):
     check(inputs(T, 8, kind, dtype=jnp.float32, N=200))
 
@@ -152,7 +151,9 @@ def test_picks_listed_twice_count_once_under_a_mask(monkeypatch):
     check((q, positions, window, entries, twice, sinks), want_args=(q, positions, window, entries, picks, sinks))
 
 
-@pytest.mark.parametrize(("kind", "sink"), [("none", 0.0), ("none", -np.inf), ("all -1", -np.inf), ("all -1", 80.0)])
+@pytest.mark.parametrize(
+    ("kind", "sink"), [("none", -np.inf), ("all -1", 80.0)] + [("none", 0.0), ("all -1", -np.inf)] * FULL
+)
 def test_nothing_visible_gives_zeros(kind, sink):
     q, positions, window, entries, picks, _ = inputs(3, 8, kind)
     window = dataclasses.replace(window, positions=jnp.full_like(window.positions, -1))
@@ -169,13 +170,13 @@ def test_scores_far_apart():
 
 
 @pytest.mark.parametrize("chip_name", ["v5e", "v5p", "v7x"] if FULL else ["v5p"])
-@pytest.mark.parametrize(("T", "B"), [(1, 3), (40, 1)])
+@pytest.mark.parametrize(("T", "B"), [(1, 3), (40, 1)] if FULL else [(1, 3)])
 def test_other_chips(chip_name, T, B):
     check(inputs(T, 16, "first", B=B), chip_name=chip_name)  # v5p: two cores and an odd number of tiles
 
 
 @pytest.mark.parametrize(
-    "config", [TpuConfig(1, 8, 128, 64), TpuConfig(1, 16, 256, 64), TpuConfig(1, 64, 128, 512)], ids=str
+    "config", [TpuConfig(1, 16, 256, 64)] + [TpuConfig(1, 8, 128, 64), TpuConfig(1, 64, 128, 512)] * FULL, ids=str
 )
 def test_block_sizes_do_not_matter(config):
     check(inputs(70, 8, "mask", N=500), config=config)

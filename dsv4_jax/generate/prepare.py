@@ -1,0 +1,116 @@
+"""A model as compiled programs take it: structure and arrays, and, where it is small, its weights laid out anew."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+
+import jax
+
+from dsv4_jax.model import DeepseekV4
+from dsv4_jax.quantized import QuantizedArray, Turned, TurnedGroups, dequantize
+from dsv4_jax.sharding import leaf_path
+
+PREPARE_BYTES = 64 << 20  # bound on the copies that are made of a model's weights
+# Ends of the paths of matrices that nothing but products reads; stacks of experts are read in parts.
+TURNED = (
+    *("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj", "gate_proj", "weights_proj", "e_proj", "h_proj", "lm_head"),
+    *("gate.weight", "hc.fn", "hc_head.fn", "shared_experts.gate_up_proj", "shared_experts.down_proj"),
+)
+GROUPED = "o_a_proj"  # one block a group of heads
+
+
+class Structure:
+    """A model's tree structure as a static argument; equality is decided by identity first, being asked every step."""
+
+    def __init__(self, treedef):
+        self.treedef, self._hash = treedef, hash(treedef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other) -> bool:
+        return self is other or (isinstance(other, Structure) and self.treedef == other.treedef)
+
+
+Parts = tuple[Structure, list[jax.Array]]
+
+
+def split(model: DeepseekV4) -> Parts:
+    leaves, treedef = jax.tree.flatten(model)
+    return Structure(treedef), leaves
+
+
+class _Latest:
+    """What was prepared last, as long as the arrays that it was made from live."""
+
+    def __init__(self):
+        self._sources: list[weakref.ref] = []
+        self._made_of: tuple[Structure, bool] | None = None
+        self._parts: Parts | None = None
+
+    def get(self, structure: Structure, leaves: list[jax.Array], turn: bool) -> Parts | None:
+        same = len(leaves) == len(self._sources) and all(r() is x for r, x in zip(self._sources, leaves, strict=True))
+        return self._parts if same and self._made_of == (structure, turn) else None
+
+    def put(self, structure: Structure, leaves: list[jax.Array], turn: bool, parts: Parts) -> None:
+        self._sources = [weakref.ref(x, self._drop) for x in leaves]
+        self._made_of, self._parts = (structure, turn), parts
+
+    def _drop(self, source: weakref.ref) -> None:
+        if any(source is held for held in self._sources):
+            self._sources, self._made_of, self._parts = [], None, None
+
+
+_latest = _Latest()
+
+
+def ready(model: DeepseekV4, turn: bool = True) -> Parts:
+    """The model as compiled programs take it.
+
+    A small model spends more time on expanding its weights at each step, and on products of few rows with weights in
+    the checkpoint's order, than on reading them: both are done once, and kept while the model lives.
+
+    turn: whether weights may be reordered, which changes how sums round; never done over a mesh.
+    """
+    structure, leaves = split(model)
+    turn = turn and model.parallel.mesh is None
+    if model.kernels.reads_packed or not 0 < prepared_bytes(model, turn) <= PREPARE_BYTES:
+        return structure, leaves
+    parts = _latest.get(structure, leaves, turn)
+    if parts is None:
+        parts = split(_prepare(structure, leaves, turn))
+        _latest.put(structure, leaves, turn, parts)
+    return parts
+
+
+def _is_weight(x) -> bool:
+    return isinstance(x, QuantizedArray)
+
+
+def prepared_bytes(model: DeepseekV4, turn: bool) -> int:
+    """What the copies of `prepare` would take."""
+    keyed, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_weight)
+    is_copied = lambda keys, leaf: _is_weight(leaf) or (turn and leaf_path(keys).endswith((*TURNED, GROUPED)))
+    return sum(math.prod(leaf.shape) for keys, leaf in keyed if is_copied(keys, leaf)) * model.dtype.itemsize
+
+
+def prepare(model: DeepseekV4, turn: bool) -> DeepseekV4:
+    """Quantised weights written out in the model's dtype (and still marked), matrices turned if wanted."""
+
+    def turned(keys, leaf):
+        path = leaf_path(keys)
+        wide = dequantize(leaf, model.dtype) if _is_weight(leaf) else leaf
+        if turn and path.endswith(TURNED):
+            wide = Turned.of(wide)
+        elif turn and path.endswith(GROUPED):
+            wide = TurnedGroups.of(wide, model.config.o_groups)
+        return QuantizedArray(wide, None, leaf.block) if _is_weight(leaf) else wide
+
+    return jax.tree_util.tree_map_with_path(turned, model, is_leaf=_is_weight)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _prepare(structure, leaves, turn):
+    return prepare(jax.tree.unflatten(structure.treedef, leaves), turn)

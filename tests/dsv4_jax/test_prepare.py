@@ -1,0 +1,99 @@
+"""Preparation: weights laid out anew say the same, are kept while the model lives, and only while it does."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsv4_jax
+from dsv4_jax.linear import linear, matmul
+from dsv4_jax.quantized import QuantizedArray, Turned, TurnedGroups, dequantize
+
+prepare = importlib.import_module("dsv4_jax.generate.prepare")
+PROMPT = np.random.default_rng(0).integers(3, 192, (1, 19)).astype(np.int32)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Run something with nothing prepared."""
+
+    def run(call):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "PREPARE_BYTES", 0)
+            return call()
+
+    return run
+
+
+def test_prepared_weights_hold_the_same_values(small):
+    keyed = jax.tree_util.tree_flatten_with_path(small, is_leaf=prepare._is_weight)[0]
+    structure, leaves = prepare.ready(small)
+    is_value = lambda x: isinstance(x, QuantizedArray | Turned | TurnedGroups)
+    prepared = jax.tree.leaves(jax.tree.unflatten(structure.treedef, leaves), is_leaf=is_value)
+    turned = 0
+    for (keys, old), new in zip(keyed, prepared, strict=True):
+        assert old.shape == new.shape, keys
+        held = new.data if isinstance(new, QuantizedArray) else new
+        turned += isinstance(held, Turned)
+        if isinstance(held, Turned):
+            held = jnp.moveaxis(held.data, 0, -1)
+        elif isinstance(held, TurnedGroups):
+            held = held.astype(jnp.float32)
+        np.testing.assert_array_equal(held, dequantize(old, jnp.float32) if prepare._is_weight(old) else old)
+    assert turned > 20
+
+
+def test_prepared_models_say_the_same(small, plain):
+    say = lambda: dsv4_jax.logits(small, PROMPT)
+    np.testing.assert_allclose(say(), plain(say), rtol=0, atol=2e-4)
+
+
+def test_preparation_is_done_once_and_again_for_other_weights(small):
+    structure, leaves = prepare.ready(small)
+    again, same = prepare.ready(small)
+    assert again is structure and all(a is b for a, b in zip(leaves, same, strict=True))
+    other = jax.tree.map(lambda x: x, small)
+    other.lm_head.set_value(small.lm_head[...] * 2)
+    fresh = jax.tree.unflatten(*(lambda s, x: (s.treedef, x))(*prepare.ready(other)))
+    np.testing.assert_array_equal(fresh.lm_head[...].data, 2 * small.lm_head[...].T)
+
+
+def test_copies_go_when_the_model_does(small):
+    model = jax.tree.map(jnp.copy, small)
+    prepare.ready(model)
+    assert prepare._latest._parts is not None
+    del model
+    gc.collect()
+    assert prepare._latest._parts is None
+
+
+def test_rows_that_go_alone_read_weights_as_they_are_on_a_mesh(small):
+    structure, leaves = prepare.ready(small, turn=False)
+    held = jax.tree.unflatten(structure.treedef, leaves)
+    assert isinstance(held.lm_head[...], jax.Array) and held.layers[0].self_attn.q_a_proj.get_value().scale is None
+
+
+def test_large_models_are_left_alone(small, plain):
+    structure, leaves = plain(lambda: prepare.ready(small))
+    assert structure.treedef == jax.tree.structure(small)
+    assert all(a is b for a, b in zip(leaves, jax.tree.leaves(small), strict=True))
+
+
+def test_a_turned_weight_is_read_whole():
+    w = jnp.arange(12.0).reshape(4, 3)
+    x = jnp.ones((2, 5, 3))
+    np.testing.assert_array_equal(linear(x, Turned.of(w)), x @ w.T)
+    assert Turned.of(w)[...].shape == w.shape
+    with pytest.raises(TypeError, match=r"\(4, 3\) cannot be indexed by 0"):
+        Turned.of(w)[0]
+
+
+def test_two_rows_are_multiplied_as_each_alone_is():
+    x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(1, 2, 96), (40, 96)]))
+    one_by_one = jnp.stack([matmul(x[:, i : i + 1], w)[:, 0] for i in range(2)], axis=1)
+    np.testing.assert_array_equal(jax.jit(matmul)(x, w), one_by_one)

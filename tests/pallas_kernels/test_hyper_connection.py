@@ -1,0 +1,92 @@
+"""Hyper-connections for TPU, in the strict interpreter (uninitialised memory is NaN), against the reference."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import aot
+from pallas_kernels.chips import TPUS, chip
+from pallas_kernels.hyper_connection import collapse, collapse_tpu, expand, expand_tpu
+
+STRICT = pltpu.InterpretParams()
+TOLERANCE = {jnp.bfloat16: 2**-8, jnp.float32: 1e-5}  # of the largest value: one rounding, or sums in another order
+OPTIONS = {"iterations": 20, "eps": 1e-6, "rms_eps": 1e-6}
+
+
+def operands(B: int, T: int, n: int, M: int, dtype):
+    rng = np.random.default_rng((B, T, n, M))
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    rows = (2 + n) * n
+    streams = (normal(B, T, n, M) * jnp.asarray(rng.uniform(0.1, 30, (B, T, 1, 1)))).astype(dtype)
+    return streams, normal(rows, n * M) * (n * M) ** -0.5, normal(rows), normal(3)
+
+
+def near(got, want):
+    assert got.dtype == want.dtype and got.shape == want.shape
+    tolerance = TOLERANCE[want.dtype.type] * np.abs(np.asarray(want, np.float64)).max()
+    np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(want, np.float64), rtol=0, atol=tolerance)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("B", "T", "n", "M", "dtype"),
+    [
+        (1, 1, 4, 256, jnp.bfloat16),
+        (3, 7, 4, 640, jnp.bfloat16),  # tiles are not full, nor is the last chunk of channels
+        (1, 130, 2, 128, jnp.bfloat16),  # two tiles of tokens
+        (2, 5, 4, 256, jnp.float32),
+    ],
+)
+def test_equals_the_reference(B, T, n, M, dtype):
+    streams, *mix = operands(B, T, n, M, dtype)
+    want, want_weights = collapse(streams, *mix, **OPTIONS)
+    run = lambda streams, mix: collapse_tpu(streams, *mix, **OPTIONS, chip=chip("v6e"), interpret=STRICT)
+    x, weights = jax.block_until_ready(run(streams, mix))
+    near(x, want)
+    near(weights, want_weights)
+    comb = np.asarray(weights[..., 2 * n :]).reshape(B, T, n, n)
+    np.testing.assert_allclose(comb.sum(-2), 1, atol=1e-5)
+    out = x * 2
+    got = jax.block_until_ready(expand_tpu(out, streams, want_weights, chip=chip("v6e"), interpret=STRICT))
+    near(got, expand(out, streams, want_weights))
+
+
+def test_what_cannot_run_is_refused():
+    streams, *mix = operands(1, 1, 4, 128, jnp.bfloat16)
+    with pytest.raises(ValueError, match="collapse_tpu: no kernel of this kind for H200.*v5e, v5p, v6e, v7x"):
+        collapse_tpu(streams, *mix, **OPTIONS, chip=chip("H200"))
+    with pytest.raises(ValueError, match=r"need fn \(24, 512\), base \(24,\)"):
+        collapse_tpu(streams, mix[0][:, 1:], *mix[1:], **OPTIONS, chip=chip("v6e"))
+    with pytest.raises(ValueError, match="a multiple of 128 channels"):
+        expand_tpu(jnp.zeros((1, 1, 8)), jnp.zeros((1, 1, 4, 8)), jnp.zeros((1, 1, 24)), chip=chip("v6e"))
+    with pytest.raises(ValueError, match="do not fit streams"):
+        expand_tpu(jnp.zeros((1, 2, 128)), streams, jnp.zeros((1, 1, 24)), chip=chip("v6e"))
+
+
+def make_case(target, B: int, T: int, M: int):
+    """What lies between two sub-blocks, for `aot`: expand, then collapse."""
+    array, f32 = jax.ShapeDtypeStruct, jnp.float32
+    args = array((B, T, M), jnp.bfloat16), array((B, T, 4, M), jnp.bfloat16), array((B, T, 24), f32)
+    args += array((24, 4 * M), f32), array((24,), f32), array((3,), f32)
+
+    def run(out, streams, weights, *mix):
+        streams = expand_tpu(out, streams, weights, chip=target)
+        return streams, collapse_tpu(streams, *mix, **OPTIONS, chip=target)
+
+    return run, args
+
+
+AOT_CASES = [{"B": B, "T": T, "M": M} for M in (4096, 7168) for B, T in ((8, 1), (1, 512))]
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not aot.available("tpu"), reason="needs libtpu: pip install 'dsv4-jax[aot]'")
+@pytest.mark.parametrize("name", TPUS)
+def test_compiles_ahead_of_time(name):
+    for report in aot.run_cases([aot.Case(f"{__file__}:make_case", case) for case in AOT_CASES], name):
+        assert "error" not in report, report
+        assert report["custom_calls"].get("tpu_custom_call") == 2, report
