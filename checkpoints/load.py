@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from checkpoints.errors import CheckpointError
 from checkpoints.names import Leaf, leaf_table
@@ -66,7 +66,10 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "numerics": numerics, "cache_dtype": cache_dtype}
     options["parallel"] = parallel
     model = jax.eval_shape(lambda: DeepseekV4(source.config, max_tokens=limit, **options))
-    return fill(model, source, mesh, partition or (lambda path, shape: parallel.spec(path)))
+    if partition is not None:
+        return fill(model, source, mesh, partition)
+    assert not isinstance(parallel.mesh, AbstractMesh)
+    return fill(model, source, parallel.mesh, lambda path, shape: parallel.spec(path))
 
 
 def fill(model: DeepseekV4, source: Source, mesh: Mesh | None, partition: Partition | None = None) -> DeepseekV4:

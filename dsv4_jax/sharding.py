@@ -67,6 +67,8 @@ class Parallel:
         problem = conflict(config, sizes["expert"], sizes["model"])
         if problem:
             raise ValueError(problem)
+        if isinstance(mesh, Mesh):  # `jax.make_mesh` makes explicit axes, whose arguments are not resharded
+            mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         return cls(**sizes, mesh=mesh)
 
     @property
