@@ -15,20 +15,19 @@ demo: $(VENV)/.demo
 	$(BIN)/dsv4 generate --prompt "And it came to pass in those days" --max-new-tokens 160 --drafts 1 \
 	  --temperature 0.6 --top-p 0.9 --seed 3
 
-test: $(VENV)/.test $(AOT)/.aot
+test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not oracle and not aot and not interpreter"
-	$(TEST_KERNELS)
 
 # Run the notebooks anew, and keep what they put out.
 notebooks: $(VENV)/.test
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-# The kernels alone, more shapes of each: in the interpreters, and compiled for TPUs and GPUs that are not there.
+# The kernels: in the interpreters, and compiled for TPUs and GPUs that are not there. DSV4_FULL_TESTS=1 has more shapes.
 kernels: $(AOT)/.aot
-	DSV4_FULL_TESTS=1 $(TEST_KERNELS)
+	$(TEST_KERNELS)
 
 oracle: $(VENV)/.test $(VENV)/.oracle
 	$(BIN)/pytest -q -m oracle tests/oracle
