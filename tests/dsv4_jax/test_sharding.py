@@ -70,7 +70,7 @@ def test_quantised_weights_are_cut_at_their_blocks(tmp_path):
         (FLASH, 64, "throughput", (1, 64, 1)),
         (FLASH, 512, "throughput", (2, 256, 1)),
         (PRO, 16, "latency", (1, 2, 8)),  # 16 would cut a block of the shared expert's 3,072 channels
-        (PRO, 256, "throughput", (1, 128, 2)),
+        (PRO, 256, "throughput", (2, 128, 1)),  # 384 experts
     ],
 )
 def test_presets(config, devices, preset, sizes):
