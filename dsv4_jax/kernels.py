@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks
-from dsv4_jax.linear import linear, matmul
+from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.quantized import QuantizedArray, Weight, dequantize
+from dsv4_jax.quantized import QuantizedArray, Weight, dequantize, dequantize_halves
 from dsv4_jax.rope import Rotation, apply_rope
 from dsv4_jax.streams import collapse, expand
 from pallas_kernels.chips import Chip, chip, chip_of, require
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
-from pallas_kernels.formats import decode_e2m1, decode_e8m0
 from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
 from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
@@ -185,7 +184,8 @@ class TpuKernels(XlaKernels):
 
     def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
         if isinstance(keys, QuantizedArray) and keys.packed:
-            q, keys = evens_first(q), dequantize_evens_first(keys, q.dtype)
+            # A TPU pads a last axis of 2 to 128 lanes, so the two codes of a byte are not interleaved.
+            q, keys = evens_first(q), jnp.concatenate(dequantize_halves(keys, q.dtype), axis=-1)
         keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys.astype(q.dtype)
         as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
@@ -209,19 +209,6 @@ class TpuKernels(XlaKernels):
 def evens_first(x: jax.Array) -> jax.Array:
     """The even channels of x [..., D], then the odd ones."""
     return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
-
-
-def dequantize_evens_first(rows: QuantizedArray, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`evens_first(dequantize(rows, dtype))` of packed FP4 rows, with no array whose last axis is short.
-
-    A TPU pads that axis to 128 lanes, so pairs of nibbles side by side would take 64 times their size.
-    """
-    assert rows.scale is not None
-    half = rows.data.shape[-1]
-    spread = jnp.repeat(jnp.eye(rows.scale.shape[-1], dtype=jnp.float32), rows.block[1] // 2, axis=1)[:, :half]
-    scale = matmul(decode_e8m0(rows.scale), spread.T)  # a product with zeros and a one, exact
-    low, high = decode_e2m1(rows.data & 15) * scale, decode_e2m1(rows.data >> 4) * scale
-    return jnp.concatenate([low.astype(dtype), high.astype(dtype)], axis=-1)
 
 
 def is_packed(w: Weight) -> TypeGuard[QuantizedArray]:

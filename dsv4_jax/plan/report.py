@@ -15,8 +15,8 @@ from jax.sharding import AbstractMesh
 from dsv4_jax.cache import Cache, LayerCache
 from dsv4_jax.config import CSA, HCA, LayerSpec, ModelConfig
 from dsv4_jax.model import DeepseekV4
-from dsv4_jax.plan.measure import Job, measure_in_child, on_device, strategy
-from dsv4_jax.plan.topology import Topology, parse_topology
+from dsv4_jax.plan.measure import Job, abstract_model, measure_in_child, on_device
+from dsv4_jax.plan.topology import Topology
 from dsv4_jax.sharding import AXES, PRESETS, Parallel, leaf_path, mesh_sizes, sizes_of
 
 PREFILL_TOKENS = 2048
@@ -96,13 +96,7 @@ def sizes(job: Job) -> Sizes:
     config, rows = job.config, job.rows
     mesh = AbstractMesh(tuple(job.mesh[name] for name in AXES), AXES)
     parallel = Parallel.over(mesh, config)
-    kernels = strategy(parse_topology(job.topology), "xla")  # which does not change what is held
-    model = jax.eval_shape(
-        lambda: DeepseekV4(
-            config, max_tokens=job.context, dtype=jnp.bfloat16, kernels=kernels, parallel=parallel,
-            cache_dtype=job.cache_dtype,
-        )
-    )  # fmt: skip
+    model = abstract_model(dataclasses.replace(job, kernels="xla"), parallel)  # which does not change what is held
     cache = jax.eval_shape(lambda: (model.init_cache(rows, drafts=job.drafts), model.init_mtp_cache(rows)))
     placed = parallel.place(model)
     share = rows // parallel.rows
