@@ -158,6 +158,16 @@ def add_up(products: jax.Array, index: jax.Array, experts: int, routed: int | No
     return (jnp.where((index < experts)[..., None], picked, 0) if routed else picked).sum(1)
 
 
+def multiply_blocks(rows: jax.Array, expert: jax.Array, used: jax.Array, w: Weight) -> jax.Array:
+    """The grouped product that a kernel makes, plainly: rows [K * R, in] of K blocks, each times its expert's weight.
+
+    Blocks past the `used` ones are zeros. One block's weight is expanded at a time, and again for a gradient.
+    """
+    product = jax.checkpoint(lambda block, e: linear(block, dequantize(w[e], rows.dtype)))
+    out = jax.lax.map(lambda args: product(*args), (rows.reshape(len(expert), -1, rows.shape[-1]), expert))
+    return jnp.where((jnp.arange(len(expert)) < used)[:, None, None], out, 0).reshape(len(rows), -1)
+
+
 def expert_mlp_in_blocks(
     x,
     index,

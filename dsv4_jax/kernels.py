@@ -6,6 +6,7 @@ A strategy is frozen and hashable, so it travels with a module's structure, not 
 from __future__ import annotations
 
 import abc
+import functools
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks
+from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, multiply_blocks
+from dsv4_jax.gradients import differentiable
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Weight, dequantize, dequantize_halves
@@ -23,7 +25,9 @@ from pallas_kernels.chips import Chip, chip, chip_of, require
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.hyper_connection import collapse as plain_collapse
 from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
+from pallas_kernels.hyper_connection import expand as plain_expand
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.index_topk.tpu import index_topk_tpu
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS
@@ -164,44 +168,50 @@ class TpuKernels(XlaKernels):
         return {"chip": self.chip, "interpret": self.interpret}
 
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
-        if is_fp8(w):
-            return fp8_matmul_tpu(x, w.data, w.scale, **self._options)
-        return linear(x, w)
+        if not is_fp8(w):
+            return linear(x, w)
+        kernel = lambda x, w: fp8_matmul_tpu(x, w.data, w.scale, **self._options)
+        return differentiable(kernel, linear, x, w)
 
     def output_projection(
         self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
     ) -> jax.Array:
-        if is_fp8(o_a):
-            o = grouped_output_projection_tpu(
-                o, rotation.cos, rotation.sin, o_a.data, o_a.scale, groups=groups, **self._options
-            )
-        else:
-            o = grouped_output(o, rotation, o_a, groups)
+        plain = functools.partial(grouped_output, groups=groups)
+        options = {"groups": groups, **self._options}
+        kernel = lambda o, r, w: grouped_output_projection_tpu(o, r.cos, r.sin, w.data, w.scale, **options)
+        o = differentiable(kernel, plain, o, rotation, o_a) if is_fp8(o_a) else plain(o, rotation, o_a)
         return self.project(numerics.activations(o, o_b), o_b)
 
     def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
-        return sparse_mla_tpu(q, positions, window, entries, picks, sinks, scale=scale, **self._options)
+        kernel = functools.partial(sparse_mla_tpu, scale=scale, **self._options)
+        plain = functools.partial(sparse_mla_xla, scale=scale)
+        return differentiable(kernel, plain, q, positions, window, entries, picks, sinks)
 
     def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
         if isinstance(keys, QuantizedArray) and keys.packed:
             # A TPU pads a last axis of 2 to 128 lanes, so the two codes of a byte are not interleaved.
             q, keys = evens_first(q), jnp.concatenate(dequantize_halves(keys, q.dtype), axis=-1)
         keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys.astype(q.dtype)
+        q, weights, keys = jax.lax.stop_gradient((q, weights, keys))  # a choice has no gradient
         as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
 
     def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
-        return collapse_tpu(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps, **self._options)
+        sizes: dict[str, Any] = {"iterations": iterations, "eps": eps, "rms_eps": rms_eps}
+        kernel = functools.partial(collapse_tpu, **sizes, **self._options)
+        return differentiable(kernel, functools.partial(plain_collapse, **sizes), streams, fn, base, scale)
 
     def expand_streams(self, out, streams, mixing) -> jax.Array:
-        return expand_tpu(out, streams, mixing, **self._options)
+        return differentiable(functools.partial(expand_tpu, **self._options), plain_expand, out, streams, mixing)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not (is_packed(gate_up) and is_packed(down)):
             return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
 
-        def product(rows, expert, used, w):
+        def kernel(rows, expert, used, w):
             return expert_matmul_tpu(rows, expert, used, w.data, w.scale, packed=w.packed, **self._options)
+
+        product = functools.partial(differentiable, kernel, multiply_blocks)
 
         return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product, routed)
 

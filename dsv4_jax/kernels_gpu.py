@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks
+from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, multiply_blocks
+from dsv4_jax.gradients import differentiable
 from dsv4_jax.kernels import XlaKernels, grouped_output, is_fp8, is_packed
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
@@ -18,7 +20,7 @@ from dsv4_jax.rope import Rotation
 from pallas_kernels.chips import Chip, require
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
-from pallas_kernels.sparse_mla import Picks, Window
+from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.gpu import HEADS, sparse_mla_gpu
 
 
@@ -54,24 +56,25 @@ class GpuKernels(XlaKernels):
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
         if not is_fp8(w):
             return linear(x, w)
+        kernel = lambda x, w: fp8_matmul_gpu(x, w.data, w.scale, **self._options)
         with or_xla():
-            return fp8_matmul_gpu(x, w.data, w.scale, **self._options)
+            return differentiable(kernel, linear, x, w)
 
     def output_projection(
         self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
     ) -> jax.Array:
-        if is_fp8(o_a):
-            with or_xla():
-                o = grouped_output_projection_gpu(
-                    o, rotation.cos, rotation.sin, o_a.data, o_a.scale, groups=groups, **self._options
-                )
-        else:
-            o = grouped_output(o, rotation, o_a, groups)
+        plain = functools.partial(grouped_output, groups=groups)
+        options = {"groups": groups, **self._options}
+        kernel = lambda o, r, w: grouped_output_projection_gpu(o, r.cos, r.sin, w.data, w.scale, **options)
+        with or_xla():
+            o = differentiable(kernel, plain, o, rotation, o_a) if is_fp8(o_a) else plain(o, rotation, o_a)
         return self.project(numerics.activations(o, o_b), o_b)
 
     def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
+        kernel = functools.partial(sparse_mla_gpu, scale=scale, **self._options)
+        plain = functools.partial(sparse_mla_xla, scale=scale)
         with or_xla():
-            return sparse_mla_gpu(q, positions, window, entries, picks, sinks, scale=scale, **self._options)
+            return differentiable(kernel, plain, q, positions, window, entries, picks, sinks)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not (is_packed(gate_up) and is_packed(down)):
@@ -86,8 +89,11 @@ class GpuKernels(XlaKernels):
                 f"kernels='gpu': gate and up of {w.shape[1] // 2} rows do not end with a block of their scales; "
                 "choose kernels='xla'"
             )
+        kernel = lambda rows, expert, used, w: expert_matmul_gpu(
+            rows, expert, used, w.data, w.scale, packed=w.packed, **self._options
+        )
         with or_xla():
-            return expert_matmul_gpu(rows, expert, used, w.data, w.scale, packed=w.packed, **self._options)
+            return differentiable(kernel, multiply_blocks, rows, expert, used, w)
 
 
 @contextlib.contextmanager
