@@ -26,7 +26,7 @@ CALLS = {  # primitives that call a function of their own -> the parameter that 
     "custom_jvp_call": "call_jaxpr",
     "custom_vmap_call": "call",
 }
-CONTROL_FLOW = ("cond", "scan", "while")
+HOLD_PROGRAMS = ("cond", "scan", "while", "custom_vjp_call")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
             outputs = _evaluate(called.jaxpr, called.consts, inputs)
         else:
             params = eqn.params
-            if eqn.primitive.name in CONTROL_FLOW:  # a kernel's own body is no call, and knows axes that are not here
+            if eqn.primitive.name in HOLD_PROGRAMS:  # a kernel's own body is no call, and knows axes that are not here
                 params = {k: _rewritten(v) for k, v in params.items()}
+            if hasattr(eqn.primitive, "get_bind_params"):  # a function with a gradient of its own
+                params = eqn.primitive.get_bind_params(params)
             bound = eqn.primitive.bind(*inputs, **params)
             outputs = bound if eqn.primitive.multiple_results else [bound]
         values |= zip(eqn.outvars, outputs, strict=True)
