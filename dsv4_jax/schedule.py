@@ -44,20 +44,15 @@ class AsyncSchedule:
     in_flight: int = 2
 
     def fork(self, main: Callable[[], Any], *branches: Callable[[], Any], lane: int = 1) -> tuple[Any, ...]:
-        """(main(), *branches results); branch i may run on lane `lane` + i while main runs.
-
-        Branches are started first, and main's result is fenced off, so that main's work is not fused into what joins
-        them again.
-        """
-        if not (self.lanes and self.streams):
+        """(main(), *branches results); branch i may run on lane `lane` + i while main runs."""
+        if not (branches and self.lanes and self.streams):
             return (main(), *(branch() for branch in branches))
-        started = [self._on(lane + i, branch) for i, branch in enumerate(branches)]
-        return (jax.lax.optimization_barrier(main()), *started)
-
-    def _on(self, lane: int, branch: Callable[[], Any]) -> Any:
-        stream = f"gpu_stream:{1 + (lane - 1) % self.lanes}"
-        on_stream = functools.partial(compute_on, compute_type=stream, out_memory_spaces=jax.memory.Space.Device)
-        return on_stream(without_calls(branch))()
+        regions = [Region.of(function) for function in (main, *branches)]
+        # XLA starts a region as soon as the last of its operands has its place in the order of the program. So all of a
+        # fork have the same ones, but for those that a region may overwrite: those nobody else may hold.
+        shared = {id(x): x for region in regions for x in region.operands if not region.may_overwrite(x)}
+        lanes = [0, *(1 + (lane - 1 + i) % self.lanes for i in range(len(branches)))]
+        return tuple(region.run(stream, [*shared.values()]) for region, stream in zip(regions, lanes, strict=True))
 
     def run(self, step: Callable[[State], tuple[State, Any]], state: State, steps: int) -> Iterator[Any]:
         """Yield the host copies of what each of `steps` calls of `step` gives back, `in_flight` calls late."""
@@ -76,18 +71,37 @@ class AsyncSchedule:
 IN_ORDER = AsyncSchedule(lanes=0)
 
 
-def without_calls(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with every jitted function in it, at any depth, written out.
+@dataclass(frozen=True)
+class Region:
+    """A function of no arguments, traced, to run on a stream; the arrays that it closed over are its operands."""
 
-    A call inside a stream's region is taken for a region of its own, which XLA cannot place.
-    """
+    program: core.Jaxpr
+    operands: Sequence[Any]
+    results: Any
 
-    def inlined(*args):
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        out = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shape), out)
+    @classmethod
+    def of(cls, function: Callable[[], Any]) -> Region:
+        closed, results = jax.make_jaxpr(function, return_shape=True)()
+        return cls(closed.jaxpr, closed.consts, results)
 
-    return inlined
+    def may_overwrite(self, operand: jax.Array) -> bool:
+        """Whether a result is like it: a cache that is given back is written in place."""
+        like = (operand.shape, operand.dtype)
+        return any((result.shape, result.dtype) == like for result in jax.tree.leaves(self.results))
+
+    def run(self, stream: int, beside: Sequence[Any]) -> Any:
+        """The results, computed on a stream once the arrays `beside` are there, too; 0 is the main one.
+
+        Every jitted function in it is written out: XLA takes a call inside a region for a region, and cannot place it.
+        """
+
+        def body(operands, beside):
+            operands, _ = jax.lax.optimization_barrier((operands, beside))
+            return _evaluate(self.program, operands, ())
+
+        options = {"compute_type": f"gpu_stream:{stream}", "out_memory_spaces": jax.memory.Space.Device}
+        flat = functools.partial(compute_on, **options)(body)(self.operands, beside)
+        return jax.tree.unflatten(jax.tree.structure(self.results), flat)
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

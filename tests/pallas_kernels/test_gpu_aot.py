@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,25 +57,65 @@ def test_nothing_spills(name):
         assert kernel["spill_bytes"] == 0 and kernel["stack_bytes"] == 0, report
 
 
-@pytest.mark.parametrize("name", ["H200"])
-def test_weights_stay_packed_in_a_decode_step(name):
+@pytest.fixture(scope="module")
+def step():
+    """A decode step with one draft, compiled for an H100: its memory, its kernels, and when its regions start."""
     flags = "--xla_gpu_enable_triton_gemm=false"  # its tiles are chosen by timing, which is not to be had
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": search_path(), "XLA_FLAGS": flags}
-    child = subprocess.run([sys.executable, __file__, name], env=env, capture_output=True, text=True, timeout=800)
+    child = subprocess.run([sys.executable, __file__, "H100"], env=env, capture_output=True, text=True, timeout=800)
     assert child.returncode == 0, child.stderr[-3000:]
-    found = json.loads(child.stdout.splitlines()[-1])
-    print(found)
-    assert found["temporaries"] <= MOST_TEMPORARIES * found["weights"]
-    # A layer has 5 projections, attention, 2 products of the shared expert, 2 of the routed ones; an indexer has one.
-    assert found["kernels"] == 10 * LAYERS + 1
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_weights_stay_packed_in_a_decode_step(step):
+    print({name: step[name] for name in ("weights", "temporaries", "kernels")})
+    assert step["temporaries"] <= MOST_TEMPORARIES * step["weights"]
+    # A layer has 5 projections, attention, 2 products of the shared expert, 2 of the routed ones; an indexer has one,
+    # the MTP layer two more.
+    assert step["kernels"] == 10 * (LAYERS + 1) + 1 + 2
+
+
+# What runs on the main stream of a fork, by its weight -> kind of layer -> the streams that its branches take
+FORKS = {
+    "q_a_proj": {"sliding": [1], "csa": [1, 1, 2, 3], "hca": [1, 2], "mtp": [1]},
+    "q_b_proj": {"csa": [1, 2], "hca": [1]},
+    "shared_experts": {"sliding": [2], "csa": [2], "hca": [2], "mtp": [2]},
+    "h_proj": {"mtp": [3]},
+}
+KINDS = {"layers_0": "sliding", "layers_1": "sliding", "layers_2": "csa", "layers_3": "hca", "mtp_0": "mtp"}
+
+
+@pytest.mark.parametrize("layer", KINDS)
+@pytest.mark.parametrize("fork", FORKS)
+def test_lanes_start_before_the_main_work_ends(step, layer, fork):
+    regions = [r for r in step["regions"] if r["layer"] == layer and r["fork"] == fork]
+    streams = FORKS[fork].get(KINDS[layer], [])
+    assert sorted(r["stream"] for r in regions) == ([0, *streams] if streams else [])
+    for main in (r for r in regions if r["stream"] == 0):
+        for lane in regions:
+            assert lane["start"] < main["done"] and main["start"] < lane["done"]
 
 
 def search_path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def measure(name: str) -> dict[str, int]:
-    """Bytes of weights and of temporaries, and how many Mosaic kernels the step has."""
+def regions(program: str) -> list[dict[str, Any]]:
+    """The regions on streams of a scheduled program: their layer, fork and stream, and the lines of start and done."""
+    found = {}
+    for number, line in enumerate(program[program.index("\nENTRY ") :].splitlines()):
+        if call := re.match(r" *%?(\S+) = .* call-start\((.*?)\), to_apply", line):
+            fork = next(fork for fork in FORKS if f"_{fork}_" in call[2])
+            layer = re.search(r"model_((?:layers|mtp)_\d+)_", call[2])[1]
+            stream = int(re.search(r'_xla_stream_annotation="(\d+)"', line)[1])
+            found[call[1]] = {"layer": layer, "fork": fork, "stream": stream, "start": number}
+        elif call := re.search(r" call-done\(%?(\S+?)\)", line):
+            found[call[1]]["done"] = number
+    return list(found.values())
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Bytes of weights and of temporaries, how many Mosaic kernels the step has, and its `regions`."""
     import jax
     import jax.numpy as jnp
 
@@ -86,18 +128,24 @@ def measure(name: str) -> dict[str, int]:
     config = ModelConfig.from_dict(with_layers(PRESETS["flash"], LAYERS))
     kernels = GpuKernels(chip(name))
     model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=CONTEXT, dtype=jnp.bfloat16, kernels=kernels))
-    cache = jax.eval_shape(lambda: model.init_cache(BATCH))
+    cache, memory = jax.eval_shape(lambda: (model.init_cache(BATCH), model.init_mtp_cache(BATCH, drafts=1)[0]))
     tokens, count = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
 
-    def step(model, tokens, cache, count):
-        streams, cache = model(tokens, cache, count)[:2]
-        return jnp.argmax(model.head(streams), -1), cache
+    def step(model, tokens, cache, memory, count):
+        start = cache.length
+        streams, cache = model(tokens, cache, count)
+        token = jnp.argmax(model.head(streams), -1).astype(jnp.int32)
+        streams, memory = model.draft(0, streams, token, memory, start, count)
+        return token, jnp.argmax(model.draft_head(0, streams), -1), cache, memory
 
-    compiled = aot.compile_gpu(jax.jit(step, donate_argnums=2), [model, tokens, cache, count], name)
+    jitted = jax.jit(step, donate_argnums=(2, 3))
+    compiled = aot.compile_gpu(jitted, [model, tokens, cache, memory, count], name)
+    program = compiled.as_text()
     return {
         "weights": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model)),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
-        "kernels": compiled.as_text().count('custom_call_target="mosaic_gpu'),
+        "kernels": program.count('custom_call_target="mosaic_gpu'),
+        "regions": regions(program),
     }
 
 
