@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.quantized import QuantizedArray, Turned, Weight, dequantize
+from dsv4_jax.quantized import QuantizedArray, Stack, Turned, Weight, dequantize
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
 FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
@@ -98,17 +98,26 @@ def block_rows(pairs: int, experts: int) -> int:
     return 1 if mean <= 1 else min(MAX_BLOCK_ROWS, 1 << math.ceil(math.log2(mean)))
 
 
+def of_expert(w: Weight, expert: jax.Array, run: Callable[[Weight], jax.Array]) -> jax.Array:
+    """`run` with the weight of one expert among stacked ones; a `Stack` is read where it lies, others are copied."""
+    held: Any = w.data if isinstance(w, QuantizedArray) else w
+    if not isinstance(held, Stack):
+        return run(w[expert])
+    marked = lambda one: dataclasses.replace(w, data=one) if isinstance(w, QuantizedArray) else one
+    return jax.lax.switch(expert, [lambda one=one: run(marked(one)) for one in held.each])
+
+
 def few_pairs(x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics) -> jax.Array:
     """Experts index [P] of tokens x [n, M], weighted by [P] -> [P, M] in x.dtype: a product a pair, the rest together.
 
-    A loop over pairs would cost more than the products, each a weight's slice times one row.
+    A loop over pairs would cost more than the products, each a weight times one row.
     """
     pairs, choices = len(index), len(index) // len(x)
-    product = lambda row, w: linear(row[None], w)
-    wide = [product(x[p // choices], joined(gate_up[index[p]])) for p in range(pairs)]
-    gate, up = jnp.split(jnp.concatenate(wide), 2, axis=-1)
+    first = lambda p: of_expert(gate_up, index[p], lambda w: linear(x[p // choices][None], joined(w)))
+    gate, up = jnp.split(jnp.concatenate([first(p) for p in range(pairs)]), 2, axis=-1)
     rows = hidden(gate, up, limit, numerics, down, weights[:, None])
-    return jnp.concatenate([product(rows[p], down[index[p]]) for p in range(pairs)])
+    second = lambda p: of_expert(down, index[p], lambda w: linear(rows[p][None], w))
+    return jnp.concatenate([second(p) for p in range(pairs)])
 
 
 def expert_mlp(
@@ -142,7 +151,10 @@ def expert_mlp(
 
         def run():
             token = jnp.minimum(pair, P - 1) // A
-            return mlp(x[token], gate_up[expert], down[expert], limit, numerics, weights=padded[pair][:, None])
+            wide = of_expert(gate_up, expert, lambda w: linear(x[token], joined(w)))
+            gate, up = jnp.split(wide, 2, axis=-1)
+            inner = hidden(gate, up, limit, numerics, down, padded[pair][:, None])
+            return of_expert(down, expert, lambda w: linear(inner, w))
 
         nothing = lambda: jnp.zeros((rows, x.shape[1]), x.dtype)
         return None, jax.lax.cond(is_used, run, nothing) if rows > 1 or routed else run()

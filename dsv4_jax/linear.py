@@ -47,7 +47,7 @@ def linear(x: jax.Array, w: Weight, *, out_dtype=None) -> jax.Array:
 def matmul(x: jax.Array, w: jax.Array | Turned) -> jax.Array:
     """x [..., K], w [N, K] -> fp32 [..., N]; fp32 operands are multiplied in true fp32 on every platform."""
     rows = math.prod(x.shape[:-1])
-    if isinstance(w, Turned) or not 1 < rows <= FEW_ROWS:
+    if not 1 < rows <= FEW_ROWS:
         return _matmul(x, w)
     return jax.lax.platform_dependent(x, w, cpu=_row_by_row, default=_matmul)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.formats import (
     decode_e2m1,
@@ -104,6 +105,30 @@ class TurnedGroups:
     def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The weight as it was; a product that takes its groups apart again reads `data` where it lies."""
         return jnp.swapaxes(self.data, 1, 2).reshape(self.shape).astype(dtype)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("whole", "each"), meta_fields=())
+@dataclass(frozen=True)
+class Stack:
+    """Experts' weights [E, ..., K], whole and each for itself: what is cut out of an array inside a program is copied.
+
+    On a CPU both are the same memory.
+    """
+
+    whole: jax.Array
+    each: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, whole: jax.Array) -> Stack:
+        device, rows = next(iter(whole.devices())), np.asarray(whole)
+        return cls(whole, tuple(jax.device_put(row, device, may_alias=True) for row in rows))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape
+
+    def __getitem__(self, index) -> jax.Array:
+        return self.whole[index]
 
 
 Weight = jax.Array | QuantizedArray  # or, in a prepared model, what is turned

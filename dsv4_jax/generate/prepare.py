@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import weakref
@@ -9,7 +10,7 @@ import weakref
 import jax
 
 from dsv4_jax.model import DeepseekV4
-from dsv4_jax.quantized import QuantizedArray, Turned, TurnedGroups, dequantize
+from dsv4_jax.quantized import QuantizedArray, Stack, Turned, TurnedGroups, dequantize
 from dsv4_jax.sharding import leaf_path
 
 PREPARE_BYTES = 64 << 20  # bound on the copies that are made of a model's weights
@@ -19,6 +20,8 @@ TURNED = (
     *("gate.weight", "hc.fn", "hc_head.fn", "shared_experts.gate_up_proj", "shared_experts.down_proj"),
 )
 GROUPED = "o_a_proj"  # one block a group of heads
+STACKED = (".experts.gate_up_proj", ".experts.down_proj")
+MOST_EXPERTS = 16  # of a layer: each is a branch of every product in every compiled program
 
 
 class Structure:
@@ -46,21 +49,29 @@ class _Latest:
     """What was prepared last, as long as the arrays that it was made from live."""
 
     def __init__(self):
+        self._clear()
+
+    def _clear(self) -> None:
         self._sources: list[weakref.ref] = []
         self._made_of: tuple[Structure, bool] | None = None
-        self._parts: Parts | None = None
+        self._structure: Structure | None = None
+        self._leaves: list[jax.Array | int] = []  # which source it is, for one that stayed as it was
 
     def get(self, structure: Structure, leaves: list[jax.Array], turn: bool) -> Parts | None:
         same = len(leaves) == len(self._sources) and all(r() is x for r, x in zip(self._sources, leaves, strict=True))
-        return self._parts if same and self._made_of == (structure, turn) else None
+        if self._structure is None or not same or self._made_of != (structure, turn):
+            return None
+        return self._structure, [leaves[x] if isinstance(x, int) else x for x in self._leaves]
 
     def put(self, structure: Structure, leaves: list[jax.Array], turn: bool, parts: Parts) -> None:
+        place = {id(x): i for i, x in enumerate(leaves)}
         self._sources = [weakref.ref(x, self._drop) for x in leaves]
-        self._made_of, self._parts = (structure, turn), parts
+        self._made_of, self._structure = (structure, turn), parts[0]
+        self._leaves = [place.get(id(x), x) for x in parts[1]]
 
     def _drop(self, source: weakref.ref) -> None:
         if any(source is held for held in self._sources):
-            self._sources, self._made_of, self._parts = [], None, None
+            self._clear()
 
 
 _latest = _Latest()
@@ -70,19 +81,26 @@ def ready(model: DeepseekV4, turn: bool = True) -> Parts:
     """The model as compiled programs take it.
 
     A small model spends more time on expanding its weights at each step, and on products of few rows with weights in
-    the checkpoint's order, than on reading them: both are done once, and kept while the model lives.
+    the checkpoint's order, than on reading them: both are done once, and kept while the model lives. On a CPU, a few
+    experts are taken apart, so that the chosen ones are read where they lie.
 
     turn: whether weights may be reordered, which changes how sums round; never done over a mesh.
     """
     structure, leaves = split(model)
     turn = turn and model.parallel.mesh is None
-    if model.kernels.reads_packed or not 0 < prepared_bytes(model, turn) <= PREPARE_BYTES:
+    if model.kernels.reads_packed:
         return structure, leaves
     parts = _latest.get(structure, leaves, turn)
     if parts is None:
-        parts = split(_prepare(structure, leaves, turn))
+        small = prepared_bytes(model, turn) <= PREPARE_BYTES
+        prepared = _prepare(structure, leaves, turn) if small else model
+        parts = split(take_apart(prepared) if turn and on_cpu(leaves) else prepared)
         _latest.put(structure, leaves, turn, parts)
     return parts
+
+
+def on_cpu(leaves: list[jax.Array]) -> bool:
+    return all(device.platform == "cpu" for x in leaves for device in x.devices())
 
 
 def _is_weight(x) -> bool:
@@ -114,3 +132,16 @@ def prepare(model: DeepseekV4, turn: bool) -> DeepseekV4:
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _prepare(structure, leaves, turn):
     return prepare(jax.tree.unflatten(structure.treedef, leaves), turn)
+
+
+def take_apart(model: DeepseekV4) -> DeepseekV4:
+    """Stacks of experts held unquantised, each expert an array of its own over the same memory."""
+
+    def apart(keys, leaf):
+        if not leaf_path(keys).endswith(STACKED) or leaf.shape[0] > MOST_EXPERTS:
+            return leaf
+        if not _is_weight(leaf):
+            return Stack.of(leaf)
+        return leaf if leaf.scale is not None else dataclasses.replace(leaf, data=Stack.of(leaf.data))
+
+    return jax.tree_util.tree_map_with_path(apart, model, is_leaf=_is_weight)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,18 @@ import numpy as np
 import pytest
 
 import dsv4_jax
+from dsv4_jax import DeepseekV4, ModelConfig
 from dsv4_jax.linear import linear, matmul
-from dsv4_jax.quantized import QuantizedArray, Turned, TurnedGroups, dequantize
+from dsv4_jax.presets import PRESETS
+from dsv4_jax.quantized import QuantizedArray, Stack, Turned, TurnedGroups, dequantize
+from dsv4_jax.random_weights import random_weights
 
 prepare = importlib.import_module("dsv4_jax.generate.prepare")
 PROMPT = np.random.default_rng(0).integers(3, 192, (1, 19)).astype(np.int32)
+
+
+def unquantised() -> ModelConfig:
+    return ModelConfig.from_dict(PRESETS["tiny"] | {"quantization_config": None, "expert_dtype": None})
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def plain(monkeypatch):
 def test_prepared_weights_hold_the_same_values(small):
     keyed = jax.tree_util.tree_flatten_with_path(small, is_leaf=prepare._is_weight)[0]
     structure, leaves = prepare.ready(small)
-    is_value = lambda x: isinstance(x, QuantizedArray | Turned | TurnedGroups)
+    is_value = lambda x: isinstance(x, QuantizedArray | Stack | Turned | TurnedGroups)
     prepared = jax.tree.leaves(jax.tree.unflatten(structure.treedef, leaves), is_leaf=is_value)
     turned = 0
     for (keys, old), new in zip(keyed, prepared, strict=True):
@@ -44,6 +53,9 @@ def test_prepared_weights_hold_the_same_values(small):
             held = jnp.moveaxis(held.data, 0, -1)
         elif isinstance(held, TurnedGroups):
             held = held.astype(jnp.float32)
+        elif isinstance(held, Stack):
+            np.testing.assert_array_equal(held.whole, jnp.stack(held.each))
+            held = held.whole
         np.testing.assert_array_equal(held, dequantize(old, jnp.float32) if prepare._is_weight(old) else old)
     assert turned > 20
 
@@ -66,10 +78,10 @@ def test_preparation_is_done_once_and_again_for_other_weights(small):
 def test_copies_go_when_the_model_does(small):
     model = jax.tree.map(jnp.copy, small)
     prepare.ready(model)
-    assert prepare._latest._parts is not None
+    assert prepare._latest._sources
     del model
     gc.collect()
-    assert prepare._latest._parts is None
+    assert not prepare._latest._sources and not prepare._latest._leaves
 
 
 def test_rows_that_go_alone_read_weights_as_they_are_on_a_mesh(small):
@@ -78,10 +90,26 @@ def test_rows_that_go_alone_read_weights_as_they_are_on_a_mesh(small):
     assert isinstance(held.lm_head[...], jax.Array) and held.layers[0].self_attn.q_a_proj.get_value().scale is None
 
 
-def test_large_models_are_left_alone(small, plain):
-    structure, leaves = plain(lambda: prepare.ready(small))
-    assert structure.treedef == jax.tree.structure(small)
-    assert all(a is b for a, b in zip(leaves, jax.tree.leaves(small), strict=True))
+def test_large_models_are_not_copied(plain):
+    """Their experts are taken apart, in place; every other array is the model's own."""
+    model = random_weights(lambda: DeepseekV4(unquantised(), max_tokens=64, dtype=jnp.float32), seed=0)
+    structure, leaves = plain(lambda: prepare.ready(model))
+    own = {id(x) for x in jax.tree.leaves(model)}
+    stack = jax.tree.unflatten(structure.treedef, leaves).layers[0].mlp.experts.down_proj.get_value()
+    assert isinstance(stack, Stack) and len(stack.each) == model.config.n_routed_experts
+    assert stack.each[0].unsafe_buffer_pointer() == stack.whole.unsafe_buffer_pointer()
+    step = stack.whole.nbytes // len(stack.each)
+    assert stack.each[-1].unsafe_buffer_pointer() == stack.whole.unsafe_buffer_pointer() + step * (len(stack.each) - 1)
+    assert sum(id(x) in own for x in leaves) == len(own)
+
+
+def test_a_model_that_is_gone_is_not_held(plain):
+    model = random_weights(lambda: DeepseekV4(unquantised(), max_tokens=64, dtype=jnp.float32), seed=0)
+    plain(functools.partial(prepare.ready, model))
+    head = weakref.ref(model.lm_head.get_value())
+    del model
+    gc.collect()
+    assert head() is None and not prepare._latest._leaves
 
 
 def test_a_turned_weight_is_read_whole():
