@@ -48,6 +48,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Force = Annotated[bool, typer.Option("--force", help="Replace the destination if it exists.")]
 STOP_HELP = "Token id that ends a row; may be repeated. Default: the config's eos_token_id for text, none for --tokens."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+COMPILED_SECONDS = 0.2  # what took the compiler less is not kept
+CACHE_HELP = "Keep compiled programs here for the next run; off keeps none. Default: the user's cache directory."
+CompilationCache = Annotated[str | None, typer.Option(help=CACHE_HELP)]
 MESH_HELP = (
     "latency, throughput, or sizes: data=2,expert=4,model=1; default one device, throughput where processes join."
 )
@@ -253,6 +256,7 @@ def generate(
     kernels: Annotated[str, typer.Option(help="Platform strategy.")] = "auto",
     numerics: Annotated[str, typer.Option(help="auto, official or exact.")] = "auto",
     cache_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or fp8; default the dtype.")] = None,
+    compilation_cache: CompilationCache = None,
     mesh: Annotated[str | None, typer.Option(help=MESH_HELP)] = None,
     distributed: Annotated[bool, typer.Option("--distributed", help="Join a detected cluster's processes.")] = False,
     coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of process 0, to join several processes.")] = None,
@@ -271,6 +275,7 @@ def generate(
     if distributed or coordinator or processes is not None or process_id is not None:
         _join(coordinator, processes, process_id)
         mesh = mesh or "throughput"
+    _keep_compiled(compilation_cache)
     import checkpoints
     import dsv4_jax
     from checkpoints.source import open_source
@@ -403,12 +408,14 @@ def chat(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     kernels: Annotated[str, typer.Option(help="Platform strategy.")] = "auto",
     numerics: Annotated[str, typer.Option(help="auto, official or exact.")] = "auto",
+    compilation_cache: CompilationCache = None,
     debug: Debug = False,
 ) -> None:
     """Talk with a model in the terminal, in the official chat format; /help lists the commands.
 
     Examples: `dsv4 chat flash-orbax`, `dsv4 chat flash-orbax --think --effort high --drafts 1`
     """
+    _keep_compiled(compilation_cache)
     import checkpoints
     from dsv4_jax.chat import ChatFormat
     from dsv4_jax.chat.session import Session
@@ -424,6 +431,19 @@ def chat(
     settings: dict[str, Any] = {"system": system, "thinking": think, "effort": effort, "drafts": drafts}
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "sampler": sampler}
     converse(Session(model, tokenizer, chat_format, **settings, **limits))
+
+
+def _keep_compiled(asked: str | None) -> None:
+    """Compiled programs go to a directory and come from it: `asked`, or what JAX was told, or the user's cache."""
+    import jax
+
+    if asked == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = asked or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(base / "dsv4-jax" / "compiled")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
 
 def _load(path: Path, **options: Any) -> DeepseekV4:

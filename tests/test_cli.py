@@ -40,6 +40,18 @@ def test_bundled_checkpoint_streams_what_it_gives_as_json():
     assert "tokens" in streamed.stderr
 
 
+def test_compiled_programs_are_kept_where_asked(tmp_path):
+    kept = tmp_path / "compiled"
+    args = ("generate", GOLDEN / "calm" / "fp8", "--tokens", tmp_path / "ids.npy", "--max-new-tokens", 2)
+    np.save(tmp_path / "ids.npy", np.arange(1, 9))
+    texts, files = set(), []
+    for cache in ("off", kept, kept):
+        texts.add(ok(*args, "--compilation-cache", cache).stdout)
+        files.append({f.name for f in kept.glob("*-cache")})
+    assert len(texts) == 1
+    assert not files[0] and files[1] and files[2] == files[1]
+
+
 def test_token_files_ragged_and_without_a_tokenizer(tmp_path):
     expected = np.load(GOLDEN / "tiny" / "fp8.ragged.npz")
     padded, lengths = expected["ids_padded"], expected["lengths"]

@@ -17,9 +17,11 @@ from golden_cases import GOLDEN
 
 import checkpoints
 from checkpoints.names import model_leaves
+from checkpoints.synth import with_layers
 from dsv4_jax import DeepseekV4, ModelConfig, rope
 from dsv4_jax.generate.decode import DecodeState, decode_step
 from dsv4_jax.generate.sampling import Greedy, row_keys
+from dsv4_jax.layer import DecoderLayer
 from dsv4_jax.presets import PRESETS
 
 
@@ -126,3 +128,23 @@ def test_the_cache_is_donated(tiny):
     alias = lowered.compile().memory_analysis().alias_size_in_bytes
     cache_bytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert alias >= 0.99 * cache_bytes
+
+
+def lowered_decode_step(layers: int) -> tuple[str, int]:
+    """StableHLO of a decode step of Flash with so many layers, and how many layers were traced for it."""
+    config = ModelConfig.from_dict(with_layers(PRESETS["flash"], layers))
+    model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=16384, kernels="xla"))
+    traced = []
+    with pytest.MonkeyPatch.context() as patch:
+        call = DecoderLayer.__call__
+        patch.setattr(DecoderLayer, "__call__", lambda self, *args: traced.append(self) or call(self, *args))
+        jax.clear_caches()
+        lowered = jax.jit(decode_step, static_argnums=2).lower(model, *decode_inputs(model))
+    return lowered.as_text(), len(traced)
+
+
+def test_a_step_of_43_layers_is_hardly_more_program_than_one_of_8():
+    """Each kind of layer is traced once: sliding, CSA and HCA, routed by hash or by scores."""
+    (small, few), (large, many) = lowered_decode_step(8), lowered_decode_step(43)
+    assert few == many <= 5
+    assert len(large) < 1.2 * len(small)
