@@ -19,7 +19,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not oracle and not aot and not interpreter"
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations 25 -m "not oracle and not aot and not interpreter"
 
 # Run the notebooks anew, and keep what they put out.
 notebooks: $(VENV)/.test

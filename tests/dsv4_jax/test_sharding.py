@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from golden_cases import FULL
 from jax.sharding import AbstractMesh
 
 from checkpoints.synth import synth, with_layers
@@ -24,8 +25,8 @@ ALL = [
     for devices in (1, 2, 4, 8)
     for preset in ("latency", "throughput")
 ]
-FEW = [("calm/fp8", 8, "throughput"), ("tiny/bf16", 2, "latency"), ("wide/bf16", 4, "latency")]
-CASES = ALL if os.environ.get("DSV4_FULL_TESTS") else FEW
+FEW = [("calm/fp8", 8, "throughput"), ("wide/bf16", 4, "latency")]
+CASES = ALL if FULL else FEW
 
 
 def run(devices: int, *arguments) -> dict:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GOLDEN, assert_logits_close, case_name, expected, load_model
+from golden_cases import FULL, GOLDEN, assert_logits_close, case_name, expected, load_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import small
@@ -38,8 +38,11 @@ def same(model, tokens, drafts: int, **request) -> api.Generation:
     return got
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 4])
-@pytest.mark.parametrize("path", [TINY, CALM, GOLDEN / "calm" / "fp8base"], ids=case_name)
+GREEDY = [(path, drafts) for path in (TINY, CALM, GOLDEN / "calm" / "fp8base") for drafts in (1, 2, 4)]
+CHECKED = GREEDY if FULL else [(TINY, 4), (CALM, 1), *GREEDY[-3:]]
+
+
+@pytest.mark.parametrize("path, drafts", [pytest.param(*c, id=f"{case_name(c[0])}-{c[1]}") for c in CHECKED])
 def test_golden_greedy_tokens(path, drafts):
     want = expected(path, "greedy")
     out = dsv4_jax.generate(load_model(path), want["prompt_ids"], max_new_tokens=64, drafts=drafts)

@@ -13,6 +13,7 @@ import pytest
 import checkpoints
 from dsv4_jax import DeepseekV4
 
+FULL = bool(os.environ.get("DSV4_FULL_TESTS"))  # everything, as before a release; otherwise what an hour allows
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_TOKENS = 1024
 
@@ -45,9 +46,11 @@ def expected(path: Path, what: str):
     return np.load(path.with_name(f"{path.name}.{what}.npz"))
 
 
-def checkpoints_with(what: str):
-    """Parametrise over the golden checkpoints that have outputs `what`."""
+def checkpoints_with(what: str, few: tuple[str, ...] = ()):
+    """Parametrise over the golden checkpoints that have outputs `what`; unless DSV4_FULL_TESTS is set, over `few`."""
     paths = [p for p in golden_checkpoints() if p.with_name(f"{p.name}.{what}.npz").exists()]
+    if few and not FULL:
+        paths = [p for p in paths if case_name(p) in few]
     assert paths, f"no golden case has {what}"
     return pytest.mark.parametrize("path", paths, ids=case_name)
 
