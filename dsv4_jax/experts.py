@@ -151,10 +151,7 @@ def expert_mlp(
 
         def run():
             token = jnp.minimum(pair, P - 1) // A
-            wide = of_expert(gate_up, expert, lambda w: linear(x[token], joined(w)))
-            gate, up = jnp.split(wide, 2, axis=-1)
-            inner = hidden(gate, up, limit, numerics, down, padded[pair][:, None])
-            return of_expert(down, expert, lambda w: linear(inner, w))
+            return mlp(x[token], gate_up[expert], down[expert], limit, numerics, weights=padded[pair][:, None])
 
         nothing = lambda: jnp.zeros((rows, x.shape[1]), x.dtype)
         return None, jax.lax.cond(is_used, run, nothing) if rows > 1 or routed else run()
