@@ -440,8 +440,10 @@ def _keep_compiled(asked: str | None) -> None:
     if asked == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = asked or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(base / "dsv4-jax" / "compiled")
+    directory = asked or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not directory:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = str(base / "dsv4-jax" / "compiled")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 

@@ -92,15 +92,17 @@ def ready(model: DeepseekV4, turn: bool = True) -> Parts:
         return structure, leaves
     parts = _latest.get(structure, leaves, turn)
     if parts is None:
-        small = prepared_bytes(model, turn) <= PREPARE_BYTES
+        small = 0 < prepared_bytes(model, turn) <= PREPARE_BYTES
         prepared = _prepare(structure, leaves, turn) if small else model
-        parts = split(take_apart(prepared) if turn and on_cpu(leaves) else prepared)
+        parts = split(take_apart(prepared) if turn and on_one_cpu(leaves) else prepared)
         _latest.put(structure, leaves, turn, parts)
     return parts
 
 
-def on_cpu(leaves: list[jax.Array]) -> bool:
-    return all(device.platform == "cpu" for x in leaves for device in x.devices())
+def on_one_cpu(leaves: list[jax.Array]) -> bool:
+    """Whether a single CPU device holds the model; `load(partition=)` may have spread it without a mesh of ours."""
+    devices = {device for x in leaves for device in x.devices()}
+    return len(devices) == 1 and devices.pop().platform == "cpu"
 
 
 def _is_weight(x) -> bool:

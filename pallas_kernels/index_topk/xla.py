@@ -53,11 +53,10 @@ def _pick_indices(q, weights, keys, visible, top_k: int):
 
 
 def _pick_mask(q, weights, keys, visible, top_k: int):
-    scores = _scores(q, weights, keys, visible)
     if q.shape[1] <= FEW_QUERIES:  # so few rows are sorted sooner than the passes below are started
-        best, index = jax.lax.top_k(scores, top_k)
-        index = jnp.where(best == -jnp.inf, -1, index)
-        return (index[..., None] == jnp.arange(scores.shape[-1])).any(-2)
+        index = _pick_indices(q, weights, keys, visible, top_k)
+        return (index[..., None] == jnp.arange(keys.shape[1])).any(-2)
+    scores = _scores(q, weights, keys, visible)
     last = kth_largest(scores, top_k)[..., None]
     above, tied = scores > last, (scores == last) & (scores > -jnp.inf)
     left = top_k - above.sum(-1, keepdims=True)

@@ -13,7 +13,7 @@ import pytest
 import checkpoints
 from dsv4_jax import DeepseekV4
 
-FULL = bool(os.environ.get("DSV4_FULL_TESTS"))  # everything, as before a release; otherwise what an hour allows
+FULL = bool(os.environ.get("DSV4_FULL_TESTS"))  # everything, as before a release; otherwise what half an hour allows
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_TOKENS = 1024
 
