@@ -31,6 +31,11 @@ def test_replicated_on_four_devices():
         want = np.load("tests/golden/calm/fp8.greedy.npz")
         out = dsv4_jax.generate(model, want["prompt_ids"], max_new_tokens=16)
         assert (out.tokens == want["tokens"][:, :16]).all()
+
+        whole = lambda path, shape: jax.sharding.PartitionSpec()  # of which the model knows nothing
+        own = checkpoints.load("tests/golden/calm/fp8", mesh=mesh, partition=whole, **options)
+        out = dsv4_jax.generate(own, want["prompt_ids"], max_new_tokens=16)
+        assert (out.tokens == want["tokens"][:, :16]).all()
     """
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
