@@ -9,17 +9,21 @@ AOT := .venv-aot
 TEST_KERNELS = JAX_PLATFORMS=cpu $(AOT)/bin/pytest -q -n 2 --dist worksteal --timeout 300 --timeout-method thread \
   -m "aot or interpreter" $(shell grep -rlE "mark\.(aot|interpreter)" tests --include="*.py")
 
+TESTS = not oracle and not aot and not interpreter$(if $(CI),, and not slow)
+
 .PHONY: demo test notebooks kernels oracle bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dsv4 generate --prompt "And it came to pass in those days" --max-new-tokens 160 --drafts 1 \
 	  --temperature 0.6 --top-p 0.9 --seed 3
 
+# With CI=true, as on CI: also the slow tests, and the kernels.
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist worksteal --durations 25 -m "not oracle and not aot and not interpreter"
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations 25 -m "$(TESTS)"
+	$(if $(CI),$(MAKE) kernels)
 
 # Run the notebooks anew, and keep what they put out.
 notebooks: $(VENV)/.test

@@ -18,7 +18,7 @@ from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, multiply_blocks
 from dsv4_jax.gradients import differentiable
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.quantized import QuantizedArray, Weight, dequantize, dequantize_halves
+from dsv4_jax.quantized import QuantizedArray, Stack, Weight, dequantize, dequantize_halves
 from dsv4_jax.rope import Rotation, apply_rope
 from dsv4_jax.streams import collapse, expand
 from pallas_kernels.chips import Chip, chip, chip_of, require
@@ -140,8 +140,11 @@ def grouped_output(o: jax.Array, rotation: Rotation, o_a: Weight, groups: int) -
     """Rotate o [B, T, H, D] back and project each group of heads with its rows of o_a: -> [B, T, G * rank]."""
     B, T, H, D = o.shape
     o = apply_rope(o, jax.tree.map(lambda table: table[:, :, None], rotation), inverse=True)
-    w = dequantize(o_a, o.dtype).reshape(groups, -1, H // groups * D)
     rows = jnp.moveaxis(o.reshape(B * T, groups, -1), 1, 0)
+    held: Any = o_a.data if isinstance(o_a, QuantizedArray) else o_a
+    if B * T == 1 and isinstance(held, Stack):  # a batched product of one row each is not a matrix-vector product
+        return jnp.concatenate([linear(x, w) for x, w in zip(rows, held.each, strict=True)], -1).reshape(B, T, -1)
+    w = dequantize(o_a, o.dtype).reshape(groups, -1, H // groups * D)
     precision = jax.lax.Precision.HIGHEST if o.dtype == jnp.float32 else None
     parts = jnp.einsum("GTK,GRK->GTR", rows, w, precision=precision, preferred_element_type=jnp.float32)
     return jnp.moveaxis(parts.astype(o.dtype), 0, 1).reshape(B, T, -1)

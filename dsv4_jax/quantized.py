@@ -110,8 +110,9 @@ class TurnedGroups:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("whole", "each"), meta_fields=())
 @dataclass(frozen=True)
 class Stack:
-    """Experts' weights [E, ..., K], whole and each for itself: what is cut out of an array inside a program is copied.
+    """A weight and its parts, each an array of its own: what is cut out of an array inside a program is copied.
 
+    whole: experts' weights [E, ..., K], or a block-diagonal one [G * N, K]; each: E of [..., K], or G of [N, K].
     On a CPU both are the same memory.
     """
 
@@ -119,9 +120,10 @@ class Stack:
     each: tuple[jax.Array, ...]
 
     @classmethod
-    def of(cls, whole: jax.Array) -> Stack:
-        device, rows = next(iter(whole.devices())), np.asarray(whole)
-        return cls(whole, tuple(jax.device_put(row, device, may_alias=True) for row in rows))
+    def of(cls, whole: jax.Array, parts: np.ndarray) -> Stack:
+        """parts: a view of `whole` on the host whose first axis counts the parts."""
+        device = next(iter(whole.devices()))
+        return cls(whole, tuple(jax.device_put(part, device, may_alias=True) for part in parts))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,6 +131,9 @@ class Stack:
 
     def __getitem__(self, index) -> jax.Array:
         return self.whole[index]
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return self.whole.astype(dtype)
 
 
 Weight = jax.Array | QuantizedArray  # or, in a prepared model, what is turned

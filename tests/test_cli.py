@@ -40,6 +40,7 @@ def test_bundled_checkpoint_streams_what_it_gives_as_json():
     assert "tokens" in streamed.stderr
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_where_asked(tmp_path):
     kept = tmp_path / "compiled"
     args = ("generate", GOLDEN / "calm" / "fp8", "--tokens", tmp_path / "ids.npy", "--max-new-tokens", 2)
@@ -52,6 +53,7 @@ def test_compiled_programs_are_kept_where_asked(tmp_path):
     assert not files[0] and files[1] and files[2] == files[1]
 
 
+@pytest.mark.slow
 def test_token_files_ragged_and_without_a_tokenizer(tmp_path):
     expected = np.load(GOLDEN / "tiny" / "fp8.ragged.npz")
     padded, lengths = expected["ids_padded"], expected["lengths"]
@@ -91,6 +93,7 @@ def test_bad_input_is_told_in_a_line_or_two(name):
         assert len(done.stderr.strip().splitlines()) <= 2 and done.stdout == ""
 
 
+@pytest.mark.slow
 def test_chat_answers_and_leaves_at_the_end_of_input():
     command = [sys.executable, "-m", "dsv4_jax.cli", "chat", "--max-new-tokens", "6", "--temperature", "0"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1"}

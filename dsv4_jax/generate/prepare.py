@@ -8,6 +8,7 @@ import math
 import weakref
 
 import jax
+import numpy as np
 
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.quantized import QuantizedArray, Stack, Turned, TurnedGroups, dequantize
@@ -137,13 +138,21 @@ def _prepare(structure, leaves, turn):
 
 
 def take_apart(model: DeepseekV4) -> DeepseekV4:
-    """Stacks of experts held unquantised, each expert an array of its own over the same memory."""
+    """Unquantised experts and groups of o_a, each an array of its own over the same memory."""
+    groups = model.config.o_groups
+
+    def parts_of(path: str, held: jax.Array) -> np.ndarray | None:
+        if path.endswith(STACKED) and held.shape[0] <= MOST_EXPERTS:
+            return np.asarray(held)
+        return np.asarray(held).reshape(groups, -1, held.shape[-1]) if path.endswith(GROUPED) else None
 
     def apart(keys, leaf):
-        if not leaf_path(keys).endswith(STACKED) or leaf.shape[0] > MOST_EXPERTS:
+        held = leaf.data if _is_weight(leaf) else leaf
+        if not isinstance(held, jax.Array) or (_is_weight(leaf) and leaf.scale is not None):
             return leaf
-        if not _is_weight(leaf):
-            return Stack.of(leaf)
-        return leaf if leaf.scale is not None else dataclasses.replace(leaf, data=Stack.of(leaf.data))
+        parts = parts_of(leaf_path(keys), held)
+        stack = held if parts is None else Stack.of(held, parts)
+        return dataclasses.replace(leaf, data=stack) if _is_weight(leaf) else stack
 
-    return jax.tree_util.tree_map_with_path(apart, model, is_leaf=_is_weight)
+    is_whole = lambda x: isinstance(x, QuantizedArray | Turned | TurnedGroups)
+    return jax.tree_util.tree_map_with_path(apart, model, is_leaf=is_whole)

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from golden_cases import QUICK_XLA
 from jax.sharding import PartitionSpec
 
 import checkpoints
@@ -20,6 +21,7 @@ from dsv4_jax.presets import PRESETS
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_replicated_on_four_devices():
     program = """
         import jax, jax.numpy as jnp, numpy as np
@@ -37,7 +39,8 @@ def test_replicated_on_four_devices():
         out = dsv4_jax.generate(own, want["prompt_ids"], max_new_tokens=16)
         assert (out.tokens == want["tokens"][:, :16]).all()
     """
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    flags = f"{QUICK_XLA} --xla_force_host_platform_device_count=4"
+    env = {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
@@ -53,6 +56,7 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
     return checkpoints.convert(official, directory / "converted"), official
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_each_process_reads_what_its_devices_hold(processes, pair):
     """Three mesh shapes over eight devices; bits are compared in the processes (support/read_parts.py)."""
@@ -60,7 +64,7 @@ def test_each_process_reads_what_its_devices_hold(processes, pair):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     script = [sys.executable, ROOT / "tests" / "support" / "read_parts.py"]
-    devices = f"--xla_force_host_platform_device_count={8 // processes}"
+    devices = f"{QUICK_XLA} --xla_force_host_platform_device_count={8 // processes}"
     env = os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(

@@ -193,6 +193,7 @@ def test_foreign_vocabulary_is_told(talk, tokenizer):
     assert ("was not made for chat" in " ".join(err.split())) == bool(chat.missing_tokens)
 
 
+@pytest.mark.slow
 def test_a_model_chats(tmp_path, tokenizer):
     """The pieces join to what `generate` gives for the same prompt."""
     checkpoints.synth(with_layers(PRESETS["tiny"], 3) | {"vocab_size": 768}, tmp_path / "small", seed=7)

@@ -217,6 +217,7 @@ def test_sampling_follows_its_seed(generated, small):
     assert one == again != other
 
 
+@pytest.mark.slow
 def test_rows_and_ids_are_printed_as_ids_without_a_tokenizer(dsv4, generated, bare, tmp_path):
     np.save(tmp_path / "one.npy", [BOS, 80, 90])
     np.save(tmp_path / "two.npy", [[BOS, 80, 90], [BOS, 70, -1]])

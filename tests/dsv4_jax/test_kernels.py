@@ -46,6 +46,7 @@ def test_refused_where_it_cannot_run():
         resolve_kernels("auto", device("tpu", "TPU v2"))
 
 
+@pytest.mark.slow
 def test_golden_logits_and_tokens_on_the_tpu_kernels():
     """Every kind of layer, prefill and decode, in the interpreter."""
     model = load_model(CALM, kernels="tpu-interpret", max_tokens=128)

@@ -91,15 +91,16 @@ def test_rows_that_go_alone_read_weights_as_they_are_on_a_mesh(small):
 
 
 def test_large_models_are_not_copied(plain):
-    """Their experts are taken apart, in place; every other array is the model's own."""
+    """Their experts and groups of o_a are taken apart, in place; every other array is the model's own."""
     model = random_weights(lambda: DeepseekV4(unquantised(), max_tokens=64, dtype=jnp.float32), seed=0)
     structure, leaves = plain(lambda: prepare.ready(model))
     own = {id(x) for x in jax.tree.leaves(model)}
-    stack = jax.tree.unflatten(structure.treedef, leaves).layers[0].mlp.experts.down_proj.get_value()
-    assert isinstance(stack, Stack) and len(stack.each) == model.config.n_routed_experts
-    assert stack.each[0].unsafe_buffer_pointer() == stack.whole.unsafe_buffer_pointer()
-    step = stack.whole.nbytes // len(stack.each)
-    assert stack.each[-1].unsafe_buffer_pointer() == stack.whole.unsafe_buffer_pointer() + step * (len(stack.each) - 1)
+    layer = jax.tree.unflatten(structure.treedef, leaves).layers[0]
+    experts, o_a = layer.mlp.experts.down_proj.get_value(), layer.self_attn.o_a_proj.get_value()
+    for stack, count in ((experts, model.config.n_routed_experts), (o_a, model.config.o_groups)):
+        assert isinstance(stack, Stack) and len(stack.each) == count
+        first, step = stack.whole.unsafe_buffer_pointer(), stack.whole.nbytes // count
+        assert [x.unsafe_buffer_pointer() for x in stack.each] == [first + i * step for i in range(count)]
     assert sum(id(x) in own for x in leaves) == len(own)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import FULL
+from golden_cases import FULL, QUICK_XLA
 
 from dsv4_jax.processes import join
 
@@ -26,7 +26,7 @@ def start(processes: int, devices: int, prompt: Path, new: int) -> list[subproce
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = f"{QUICK_XLA} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "-m", "dsv4_jax.cli", "generate", CASE, "--tokens", prompt, "--numerics", "exact"]
     command += ["--max-new-tokens", new, "--json", "--coordinator", f"localhost:{port}", "--processes", processes]
     return [
@@ -46,6 +46,7 @@ def golden(tmp_path) -> tuple[Path, list]:
     return tmp_path / "prompt.npy", found["tokens"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes, devices", [(2, 2), (4, 1)] if FULL else [(4, 1)])
 def test_processes_agree_and_one_speaks(processes, devices, golden):
     prompt, want = golden
@@ -56,6 +57,7 @@ def test_processes_agree_and_one_speaks(processes, devices, golden):
     assert not any("tokens" in out for out, _ in outputs[1:])
 
 
+@pytest.mark.slow
 def test_a_death_ends_the_others_within_a_minute(golden):
     """One of two is killed once both have joined; the other waits for it in a collective, and must not for ever."""
     running = start(2, 1, golden[0], 4000)

@@ -59,6 +59,7 @@ def on_lanes(model: DeepseekV4) -> DeepseekV4:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case, drafts", [("calm/fp8", 2), *([("tiny/fp8", 0)] if FULL else [])])
 def test_lanes_change_no_result(case, drafts):
     model = load_model(GOLDEN / case, max_tokens=256)

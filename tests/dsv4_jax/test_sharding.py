@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden_cases import FULL
+from golden_cases import FULL, QUICK_XLA
 from jax.sharding import AbstractMesh
 
 from checkpoints.synth import synth, with_layers
@@ -32,7 +32,7 @@ CASES = ALL if FULL else FEW
 def run(devices: int, *arguments) -> dict:
     """A check of support/sharded.py in a process with so many devices."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = f"{QUICK_XLA} --xla_force_host_platform_device_count={devices}"
     command = [sys.executable, "tests/support/sharded.py", *map(str, arguments)]
     child = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert child.returncode == 0, child.stderr[-3000:]
@@ -52,10 +52,12 @@ def test_no_token_is_dropped_at_any_imbalance(experts, tokens, expert, model):
     assert (found["room"] < tokens) == (tokens > 64)
 
 
+@pytest.mark.slow
 def test_deterministic_mode_gives_the_same_bits():
     assert run(4, "same_bits", "calm/fp8")["agrees_with_the_usual_mode"] > 0.9
 
 
+@pytest.mark.slow
 def test_quantised_weights_are_cut_at_their_blocks(tmp_path):
     fields = PRESETS["tiny"] | {"moe_intermediate_size": 256, "n_routed_experts": 8, "o_lora_rank": 128}
     official = synth(with_layers(fields, 3), tmp_path / "official")

@@ -42,7 +42,11 @@ GREEDY = [(path, drafts) for path in (TINY, CALM, GOLDEN / "calm" / "fp8base") f
 CHECKED = GREEDY if FULL else [(TINY, 4), (CALM, 1), *GREEDY[-3:]]
 
 
-@pytest.mark.parametrize("path, drafts", [pytest.param(*c, id=f"{case_name(c[0])}-{c[1]}") for c in CHECKED])
+def named(path, drafts: int):
+    return pytest.param(path, drafts, id=f"{case_name(path)}-{drafts}", marks=[pytest.mark.slow] * (path == TINY))
+
+
+@pytest.mark.parametrize("path, drafts", [named(*case) for case in CHECKED])
 def test_golden_greedy_tokens(path, drafts):
     want = expected(path, "greedy")
     out = dsv4_jax.generate(load_model(path), want["prompt_ids"], max_new_tokens=64, drafts=drafts)

@@ -15,6 +15,7 @@ from dsv4_jax.watch import WatchedStream, peak_memory_bytes
 PROMPT = np.arange(3, 12)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, 2] if FULL else [2])
 def test_stream_counts_what_generate_counts(small, drafts):
     request = {"max_new_tokens": 24, "drafts": drafts}
@@ -40,6 +41,7 @@ def test_rows_are_counted_together_and_one_token_has_no_rate(small):
     assert watched.stats.warm_tokens_per_second == 0
 
 
+@pytest.mark.slow
 def test_command_prints_rate_drafts_and_memory(capsys):
     args = ["generate", "--prompt", "And", "--max-new-tokens", "12", "--drafts", "2", "--max-tokens", "64"]
     assert cli.main([*args, "--json"]) == 0

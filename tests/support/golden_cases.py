@@ -13,6 +13,7 @@ import pytest
 import checkpoints
 from dsv4_jax import DeepseekV4
 
+QUICK_XLA = "--xla_backend_optimization_level=0"  # programs of tests run a few times: the compiler may hurry
 FULL = bool(os.environ.get("DSV4_FULL_TESTS"))  # everything, as before a release; otherwise what half an hour allows
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_TOKENS = 1024

@@ -23,6 +23,7 @@ HELD_OUT = (  # how the five blocks that training never saw begin
 )
 
 
+@pytest.mark.slow
 def test_bundled_speaks_and_its_drafts_are_mostly_right(bundled):
     model, tokenizer = bundled
     ids = [[corpus.BOS, *tokenizer.encode(text, add_special_tokens=False).ids] for text in HELD_OUT]

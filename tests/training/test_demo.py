@@ -46,12 +46,14 @@ def trained():
     return params, rest, parts
 
 
+@pytest.mark.slow
 def test_steps_lower_every_loss(trained):
     _, _, parts = trained
     for name in ("loss", "draft_loss", "index_loss"):
         assert parts[-1][name] < 0.95 * parts[0][name], (name, parts)
 
 
+@pytest.mark.slow
 def test_a_saved_checkpoint_gives_what_was_trained(trained, tmp_path):
     params, rest, _ = trained
     arrays = demo.stored_arrays(CONFIG, params, rest)

@@ -36,6 +36,7 @@ def values(path):
     return jax.tree.leaves(jax.tree.map(wide, nnx.state(model), is_leaf=is_quantized))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_learnt_nothing_comes_back_the_same(small, tmp_path):
     again = fine_tune.export(fine_tune.wide_model(small, LENGTH), like=small, out=tmp_path / "again")
     assert checkpoints.load_tokenizer(again).get_vocab_size() == 768
@@ -43,6 +44,7 @@ def test_a_checkpoint_that_learnt_nothing_comes_back_the_same(small, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_loss_falls_on_verses_it_has_not_seen(small):
     tokenizer = checkpoints.load_tokenizer(small)
     learnt, unseen = (fine_tune.encode(tokenizer, fine_tune.rhymes(count, seed)) for count, seed in ((60, 0), (30, 1)))
