@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dsv4_jax.quantized import QuantizedArray, Stack, Turned, Weight, dequantize
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
 FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
+IN_PLACE = 4  # pairs up to which each product has a branch for every expert; compiling those takes its time
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
 
 
@@ -98,13 +100,15 @@ def block_rows(pairs: int, experts: int) -> int:
     return 1 if mean <= 1 else min(MAX_BLOCK_ROWS, 1 << math.ceil(math.log2(mean)))
 
 
-def of_expert(w: Weight, expert: jax.Array, run: Callable[[Weight], jax.Array]) -> jax.Array:
-    """`run` with the weight of one expert among stacked ones; a `Stack` is read where it lies, others are copied."""
+def of_expert(x: jax.Array, w: Weight, expert: jax.Array, product: Callable, in_place: bool) -> jax.Array:
+    """product(x, weight of one expert); `in_place`, one of a `Stack` is read where it lies, others are copied."""
     held: Any = w.data if isinstance(w, QuantizedArray) else w
     if not isinstance(held, Stack):
-        return run(w[expert])
+        return product(x, w[expert])
     marked = lambda one: dataclasses.replace(w, data=one) if isinstance(w, QuantizedArray) else one
-    return jax.lax.switch(expert, [lambda one=one: run(marked(one)) for one in held.each])
+    if not in_place:
+        return product(x, marked(held.whole[expert]))
+    return jax.lax.switch(expert, [lambda x, one=one: product(x, marked(one)) for one in held.each], x)
 
 
 def few_pairs(x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics) -> jax.Array:
@@ -113,11 +117,12 @@ def few_pairs(x, index, weights, gate_up: Weight, down: Weight, limit: float, nu
     A loop over pairs would cost more than the products, each a weight times one row.
     """
     pairs, choices = len(index), len(index) // len(x)
-    first = lambda p: of_expert(gate_up, index[p], lambda w: linear(x[p // choices][None], joined(w)))
-    gate, up = jnp.split(jnp.concatenate([first(p) for p in range(pairs)]), 2, axis=-1)
+    read = functools.partial(of_expert, in_place=pairs <= IN_PLACE)
+    both = lambda x, w: linear(x, joined(w))
+    first = [read(x[p // choices][None], gate_up, index[p], both) for p in range(pairs)]
+    gate, up = jnp.split(jnp.concatenate(first), 2, axis=-1)
     rows = hidden(gate, up, limit, numerics, down, weights[:, None])
-    second = lambda p: of_expert(down, index[p], lambda w: linear(rows[p][None], w))
-    return jnp.concatenate([second(p) for p in range(pairs)])
+    return jnp.concatenate([read(rows[p][None], down, index[p], linear) for p in range(pairs)])
 
 
 def expert_mlp(

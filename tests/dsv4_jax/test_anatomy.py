@@ -10,6 +10,8 @@ from dsv4_jax import anatomy, precision
 from dsv4_jax.config import CSA, HCA, SLIDING
 from dsv4_jax.streams import sinkhorn
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 300
 
 

@@ -85,6 +85,7 @@ def splits(draw):
     return pieces
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(splits())
 def test_any_split_equals_one_pass(pieces):

@@ -265,7 +265,7 @@ def test_tokenizer_ids(tokenizer):
 @given(text=st.text(max_size=40))
 @settings(deadline=None)
 def test_tokenizer_keeps_text(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
 @given(ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=24))

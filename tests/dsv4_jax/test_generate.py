@@ -102,6 +102,7 @@ def test_ragged_rows_do_not_depend_on_each_other(small):
         np.testing.assert_array_equal(greedy(small, PROMPT[row, :n], 8).tokens[0], out.tokens[row])
 
 
+@pytest.mark.slow
 def test_prompt_longer_than_a_chunk(small, monkeypatch):
     ids = np.random.default_rng(1).integers(3, 192, (2, 150)).astype(np.int32)
     lengths = np.array([150, 70])
@@ -129,6 +130,7 @@ def test_buckets():
     assert Shapes.of(600, 30, 700).capacity == 700
 
 
+@pytest.mark.slow
 def test_works_inside_a_users_program(small):
     """The pure function under the front door composes with jit."""
     shapes = Shapes.of(23, 8, 256)

@@ -49,6 +49,7 @@ def gradient_on(kernels: str):
     return jax.jit(jax.value_and_grad(loss))(floats, codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["calm/fp8", "tiny/bf16"] if FULL else ["calm/fp8"])
 def test_gradient_of_the_portable_model_is_the_slope(case):
     """All layer kinds; between the losses a little to both sides of the weights, in a random direction."""

@@ -14,6 +14,8 @@ import checkpoints
 import dsv4_jax
 from dsv4_jax.numerics import resolve_numerics
 
+pytestmark = pytest.mark.slow
+
 CALM, TINY = GOLDEN / "calm" / "fp8", GOLDEN / "tiny" / "fp8"
 # KL(exact || rounded) that the references have, in float32, on the first row of `forward`.
 REFERENCE_KL = {"tiny/fp8": 0.52, "yarn/fp8": 0.08, "wide/fp8": 0.12, "calm/fp8": 0.04}
@@ -48,6 +50,7 @@ def test_auto_is_official_where_the_checkpoint_is_quantised():
     assert resolve_numerics("auto", quantised).name == "official" and resolve_numerics("auto", wide).name == "exact"
 
 
+@pytest.mark.slow
 def test_an_8_bit_cache_loses_nothing_with_official_numerics():
     """In bfloat16, where the rotary channels are bfloat16 anyway: every logit equal, in prefill and in decoding."""
     options = {"dtype": jnp.bfloat16, "numerics": "official", "max_tokens": 128}

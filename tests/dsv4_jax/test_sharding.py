@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden_cases import FULL, QUICK_XLA
+from golden_cases import FULL, QUICK_XLA, slow
 from jax.sharding import AbstractMesh
 
 from checkpoints.synth import synth, with_layers
@@ -25,7 +25,7 @@ ALL = [
     for devices in (1, 2, 4, 8)
     for preset in ("latency", "throughput")
 ]
-FEW = [("calm/fp8", 8, "throughput"), ("wide/bf16", 4, "latency")]
+FEW = [slow("calm/fp8", 8, "throughput"), slow("wide/bf16", 4, "latency")]
 CASES = ALL if FULL else FEW
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import FULL, GOLDEN, assert_logits_close, case_name, expected, load_model
+from golden_cases import FULL, GOLDEN, assert_logits_close, case_name, expected, load_model, slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import small
@@ -43,7 +44,7 @@ CHECKED = GREEDY if FULL else [(TINY, 4), (CALM, 1), *GREEDY[-3:]]
 
 
 def named(path, drafts: int):
-    return pytest.param(path, drafts, id=f"{case_name(path)}-{drafts}", marks=[pytest.mark.slow] * (path == TINY))
+    return (slow if path == TINY else pytest.param)(path, drafts, id=f"{case_name(path)}-{drafts}")
 
 
 @pytest.mark.parametrize("path, drafts", [named(*case) for case in CHECKED])
@@ -54,12 +55,12 @@ def test_golden_greedy_tokens(path, drafts):
     assert out.stats.drafted == (out.stats.steps - 1) * drafts and len(out.stats.accepted) == drafts
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 7, 8, 120, 125, 126, 127, 128, 129, 130, 131, 132])
+@pytest.mark.parametrize("length", [*range(1, 9), *map(slow, [120, *range(125, 133)])])
 def test_every_edge_of_the_compression_windows(length):
     same(small(), prompt(length), 4, max_new_tokens=12)
 
 
-@pytest.mark.parametrize("drafts", [1, 3, 8])
+@pytest.mark.parametrize("drafts", [*map(slow, [1, 3, 8] if FULL else [3])])
 def test_uneven_rows_stops_and_budgets(drafts):
     model, tokens, lengths = small(), prompt(24, rows=4), [24, 3, 17, 9]
     plain = dsv4_jax.generate(model, tokens, lengths=lengths, max_new_tokens=20)
@@ -69,6 +70,7 @@ def test_uneven_rows_stops_and_budgets(drafts):
         assert got.lengths.max() <= new
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 140), min_size=2, max_size=2),
@@ -81,11 +83,11 @@ def test_any_prompts(lengths, drafts, seed):
 
 @dataclass(frozen=True)
 class Scripted(Drafter):
-    """Drafts what the plain run gave (`truth`, per row), spoiled where `wrong` says so."""
+    """Drafts what the plain run gave (`truth` [B, N]), spoiled where `wrong` [count] says so."""
 
     count: int
-    truth: tuple[tuple[int, ...], ...]
-    wrong: tuple[bool, ...]
+    truth: jax.Array
+    wrong: jax.Array
 
     def init(self, model, batch):
         return jnp.zeros((), jnp.int32)
@@ -94,45 +96,50 @@ class Scripted(Drafter):
         return memory, None
 
     def propose(self, model, memory, seen, end, sampler, keys, first):
-        truth = jnp.pad(jnp.asarray(self.truth), ((0, 0), (0, self.count)))
+        truth = jnp.pad(self.truth, ((0, 0), (0, self.count)))
         index = first[:, None] + jnp.arange(self.count)
         right = jnp.take_along_axis(truth, index, axis=1)
-        return jnp.where(jnp.asarray(self.wrong), (right + 1) % model.config.vocab_size, right), memory
+        return jnp.where(self.wrong, (right + 1) % model.config.vocab_size, right), memory
+
+
+@functools.partial(jax.jit, static_argnames="shapes")
+def generate_scripted(model, padded, lengths, new, truth, wrong, shapes):
+    rows = len(padded)
+    drafter = Scripted(wrong.shape[0], truth, wrong)
+    keys, stop = row_keys(jnp.uint32(0), rows), jnp.full(8, -2, jnp.int32)
+    return generate_tokens(model, padded, lengths, new, Greedy(), keys, stop, shapes=shapes, drafter=drafter)
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 0, 0), (1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
-@pytest.mark.parametrize("length", [5, 126])
+@pytest.mark.parametrize("length", [5, slow(126)])
 def test_adversarial_drafts(wrong, length):
     model, new = small(), 21
     tokens = prompt(length, rows=2)
     truth = dsv4_jax.generate(model, tokens, max_new_tokens=new).tokens
     shapes = Shapes.of(length, new, model.max_tokens)
-    drafter = Scripted(4, tuple(map(tuple, truth.tolist())), tuple(map(bool, wrong)))
-    run = jax.jit(generate_tokens, static_argnames=("shapes", "drafter"))
     padded = np.pad(tokens, ((0, 0), (0, shapes.prompt - length))).astype(np.int32)
-    out = run(
-        model, padded, np.full(2, length, np.int32), np.int32(new), Greedy(), row_keys(jnp.uint32(0), 2),
-        np.full(8, -2, np.int32), shapes=shapes, drafter=drafter,
-    )  # fmt: skip
+    lengths = np.full(2, length, np.int32)
+    out = generate_scripted(model, padded, lengths, np.int32(new), truth, np.array(wrong, bool), shapes)
     np.testing.assert_array_equal(out.tokens[:, :new], truth)
     gained = wrong.index(1) + 1 if 1 in wrong else 5
     assert int(out.steps) == -(-(new - 1) // gained)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("layers", [*map(slow, [1, 2, 3] if FULL else [3])])
 def test_one_or_several_mtp_layers(layers):
     model = small(layers)
     got = same(model, prompt(30), 4, max_new_tokens=16)
     assert len(got.stats.acceptance) == 4
 
 
+@pytest.mark.slow
 def test_bf16_and_8_bit_caches():
     for cache_dtype in (jnp.bfloat16, "fp8"):
         model = checkpoints.load(CALM, max_tokens=256, dtype=jnp.float32, numerics="exact", cache_dtype=cache_dtype)
         same(model, expected(CALM, "greedy")["prompt_ids"], 2, max_new_tokens=24)
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("drafts", [*map(slow, [0, 3] if FULL else [3])])
 def test_stream_gives_what_generate_gives(drafts):
     model, request = small(), {"lengths": [20, 11], "max_new_tokens": 15}
     want = dsv4_jax.generate(model, prompt(20, rows=2), **request)
@@ -144,11 +151,13 @@ def test_stream_gives_what_generate_gives(drafts):
     assert rows == want.tokens.tolist()
 
 
+@pytest.mark.slow
 def test_sampled_tokens_are_those_without_drafts():
     for sampler in (Sample(temperature=0.8), Sample(temperature=1.3, top_p=0.9), Sample(top_k=5)):
         same(small(), prompt(12, rows=3), 3, max_new_tokens=20, sampler=sampler, seed=11)
 
 
+@pytest.mark.slow
 def test_sampled_drafts_follow_the_target_distribution():
     """Second and third new token of 20,000 rows against the model's own probabilities: chi-squared, p > 0.001."""
     model, rows = small(), 20_000
@@ -184,6 +193,7 @@ def start_decoding(model, tokens: np.ndarray, drafter, new: int, shapes: Shapes)
     return state, lambda state, run=api._step: run(*parts, *rest, state, **how)
 
 
+@pytest.mark.slow
 def test_own_rows_come_from_the_main_models_streams():
     """After drafting, the rows of the MTP cache up to the cursor equal those fed with the whole text at once."""
     model = small()
@@ -217,6 +227,7 @@ def test_mtp_logits_of_the_drafter_equal_the_golden_ones():
     assert_logits_close(model.draft_head(0, memory.last[0][:, None])[:, 0], want["logits"][:, -1])
 
 
+@pytest.mark.slow
 def test_drafts_take_ring_slack_and_nothing_else():
     """A step's cache aliases the next one's, its temporaries hold no copy of it, and drafts add rows to rings only."""
     config = dataclasses.replace(small().config, index_n_heads=2)  # scores are temporaries too

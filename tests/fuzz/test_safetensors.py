@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from checkpoints.errors import CheckpointError
 from checkpoints.shards import DTYPES, INDEX, ShardReader, make_header
 
+pytestmark = pytest.mark.slow
+
 INPUTS = 70_000 if os.environ.get("DSV4_FULL_TESTS") else 3_000
 SECONDS = 2.0  # of processor time for one small file; a thousand times what it takes
 # What parsed JSON and error messages take per byte of a file, at most; a claimed size is another order of magnitude.

@@ -14,6 +14,7 @@ import checkpoints
 from dsv4_jax import DeepseekV4
 
 QUICK_XLA = "--xla_backend_optimization_level=0"  # programs of tests run a few times: the compiler may hurry
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 FULL = bool(os.environ.get("DSV4_FULL_TESTS"))  # everything, as before a release; otherwise what half an hour allows
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_TOKENS = 1024
@@ -48,12 +49,15 @@ def expected(path: Path, what: str):
 
 
 def checkpoints_with(what: str, few: tuple[str, ...] = ()):
-    """Parametrise over the golden checkpoints that have outputs `what`; unless DSV4_FULL_TESTS is set, over `few`."""
-    paths = [p for p in golden_checkpoints() if p.with_name(f"{p.name}.{what}.npz").exists()]
-    if few and not FULL:
-        paths = [p for p in paths if case_name(p) in few]
+    """Parametrise over the golden checkpoints that have outputs `what`; unless DSV4_FULL_TESTS is set, over `few`.
+
+    Of those, all but the first are slow.
+    """
+    paths = {case_name(p): p for p in golden_checkpoints() if p.with_name(f"{p.name}.{what}.npz").exists()}
     assert paths, f"no golden case has {what}"
-    return pytest.mark.parametrize("path", paths, ids=case_name)
+    names = few if few and not FULL else tuple(paths)
+    marked = lambda name: slow if name in few[1:] else pytest.param
+    return pytest.mark.parametrize("path", [marked(name)(paths[name], id=name) for name in names])
 
 
 @functools.lru_cache(maxsize=4)

@@ -14,6 +14,8 @@ from dsv4_jax.presets import PRESETS
 from dsv4_jax.random_weights import random_weights
 from training import dense
 
+pytestmark = pytest.mark.slow
+
 CONFIG = PRESETS["tiny"] | {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0],
     "num_attention_heads": 4, "head_dim": 32, "qk_rope_head_dim": 16, "q_lora_rank": 32, "o_lora_rank": 16,
@@ -50,6 +52,7 @@ def trained(model, tokens):
     return head(model, streams), head(model.mtp[0], drafted)
 
 
+@pytest.mark.slow
 def test_logits_and_gradient_are_the_portable_strategys(model, tokens):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
