@@ -453,6 +453,7 @@ def assert_generates_like_calm(load: Callable[[], dsv4_jax.DeepseekV4]) -> None:
     assert np.asarray(out.tokens).tolist() == greedy["tokens"][:, :16].tolist()
 
 
+@pytest.mark.slow
 def test_dspark_generates_without_drafts(dspark):
     assert_generates_like_calm(lambda: checkpoints.load(dspark, max_tokens=64, numerics="exact"))
 

@@ -92,6 +92,7 @@ def test_any_split_equals_one_pass(pieces):
     np.testing.assert_allclose(run(pieces), whole(), atol=ATOL)
 
 
+@pytest.mark.slow
 def test_token_by_token_equals_one_pass():
     np.testing.assert_allclose(run([(1, 1)] * T), whole(), atol=ATOL)
 
@@ -141,6 +142,7 @@ def test_rows_at_different_positions_do_not_mix():
         np.testing.assert_allclose(np.concatenate(out[b]), want[0, : starts[b]], atol=ATOL)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 12), st.lists(st.integers(0, 40), min_size=1, max_size=4))
 def test_ring_holds_the_newest_positions(width, slots, counts):

@@ -211,6 +211,7 @@ def test_stop_ids(generated, small):
     assert stopped["tokens"] == [free[: free.index(stop) + 1]]
 
 
+@pytest.mark.slow
 def test_sampling_follows_its_seed(generated, small):
     args = (small, "--prompt", PROMPT, "--max-new-tokens", "12", "--temperature", "1.5", "--top-p", "0.95", "--seed")
     one, again, other = (generated(*args, seed)["tokens"] for seed in (1, 1, 2))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_cases import slow
 
 import dsv4_jax
 from dsv4_jax.generate import api, decode
@@ -53,7 +54,7 @@ def test_stops_early_when_every_row_has(small):
     assert out.stats.steps == 1 and out.lengths.tolist() == [1]
 
 
-@pytest.mark.parametrize("sampler", [dsv4_jax.Greedy(), dsv4_jax.Sample(temperature=0.8, top_k=40, top_p=0.9)])
+@pytest.mark.parametrize("sampler", [dsv4_jax.Greedy(), slow(dsv4_jax.Sample(temperature=0.8, top_k=40, top_p=0.9))])
 def test_stream_yields_what_generate_returns(small, sampler):
     free = greedy(small, PROMPT, 20, sampler=sampler, seed=3)
     stop = [int(free.tokens[0, 6])]
@@ -78,6 +79,7 @@ def test_stream_can_be_left_early(small):
     assert event.tokens[0] == greedy(small, PROMPT[:1], 3).tokens[0, 2]
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_alone(small):
     sampler = dsv4_jax.Sample(temperature=1.5)
     run = lambda tokens, seed: greedy(small, tokens, 10, sampler=sampler, seed=seed).tokens

@@ -14,6 +14,8 @@ from dsv4_jax.numerics import ExactNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize
 
+pytestmark = pytest.mark.slow
+
 EXACT = ExactNumerics()
 
 E, A, M, F = 6, 2, 64, 32

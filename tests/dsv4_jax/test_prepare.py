@@ -90,6 +90,7 @@ def test_rows_that_go_alone_read_weights_as_they_are_on_a_mesh(small):
     assert isinstance(held.lm_head[...], jax.Array) and held.layers[0].self_attn.q_a_proj.get_value().scale is None
 
 
+@pytest.mark.slow
 def test_large_models_are_not_copied(plain):
     """Their experts and groups of o_a are taken apart, in place; every other array is the model's own."""
     model = random_weights(lambda: DeepseekV4(unquantised(), max_tokens=64, dtype=jnp.float32), seed=0)

@@ -66,6 +66,7 @@ def test_e8m0_rounds_up_and_never_past_a_power_of_two():
     np.testing.assert_array_equal(encode_e8m0(jnp.asarray(just_below)), byte)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-700, 700, width=32), min_size=1, max_size=64))
 def test_rounding_equals_ml_dtypes_within_range_and_saturates_outside(values):

@@ -141,6 +141,7 @@ def test_experts_equal_a_dense_loop(n, A, E, skewed):
     np.testing.assert_allclose(got, dense_experts(x, index, weights, gate_up, down, 2.0), atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.sampled_from([2, 4, 16]))
 def test_blocks_hold_every_pair_once_and_one_expert_each(experts, rows):
