@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 AOT := .venv-aot
 # A kernel that waits for ever cannot be interrupted by a signal: its process ends, and the test has failed.
-TEST_KERNELS = JAX_PLATFORMS=cpu $(AOT)/bin/pytest -q -n 2 --dist worksteal --timeout 300 --timeout-method thread \
+TEST_KERNELS = JAX_PLATFORMS=cpu $(AOT)/bin/pytest -q -n 2 --dist worksteal --timeout 900 --timeout-method thread \
   -m "aot or interpreter" $(shell grep -rlE "mark\.(aot|interpreter)" tests --include="*.py")
 
 TESTS = not oracle and not aot and not interpreter$(if $(CI),, and not slow)
