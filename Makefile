@@ -17,13 +17,12 @@ demo: $(VENV)/.demo
 	$(BIN)/dsv4 generate --prompt "And it came to pass in those days" --max-new-tokens 160 --drafts 1 \
 	  --temperature 0.6 --top-p 0.9 --seed 3
 
-# With CI=true, as on CI: also the slow tests, and the kernels.
+# With CI=true, as on CI: also the slow tests.
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist worksteal --durations 25 -m "$(TESTS)"
-	$(if $(CI),$(MAKE) kernels)
 
 # Run the notebooks anew, and keep what they put out.
 notebooks: $(VENV)/.test
