@@ -458,6 +458,7 @@ def test_dspark_generates_without_drafts(dspark):
     assert_generates_like_calm(lambda: checkpoints.load(dspark, max_tokens=64, numerics="exact"))
 
 
+@pytest.mark.slow
 def test_dspark_survives_convert_and_export(dspark):
     steps: list[tuple[int, int]] = []
     converted = checkpoints.convert(dspark, dspark.parent / "converted", progress=lambda *step: steps.append(step))

@@ -97,6 +97,7 @@ def test_token_by_token_equals_one_pass():
     np.testing.assert_allclose(run([(1, 1)] * T), whole(), atol=ATOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [*range(60, 69), *range(124, 133), *range(252, 261)])
 def test_split_around_every_window_edge(first):
     """A first part that ends at each offset mod 4 and around multiples of 128, then single tokens over the edge."""

@@ -174,6 +174,7 @@ def test_unforeseen_errors_are_short_too(refused, monkeypatch):
     refused("inspect", named="RuntimeError: out of everything")
 
 
+@pytest.mark.slow
 def test_json_is_what_the_library_gives(dsv4, generated, small):
     """Text prompts get a BOS and end at EOS; a stream prints the same text."""
     args = (small, "--prompt", PROMPT, "--max-new-tokens", "12")

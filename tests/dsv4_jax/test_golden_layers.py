@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GOLDEN, expected, load_model, slow
+from golden_cases import GOLDEN, expected, load_model
 
 from dsv4_jax.cache import Step
 from dsv4_jax.kernels import XlaKernels, grouped_output
@@ -15,7 +15,7 @@ from dsv4_jax.rope import apply_rope
 from pallas_kernels.index_topk import index_scores
 from pallas_kernels.sparse_mla import Indices, Mask
 
-CASES = [("tiny/bf16", 0), ("tiny/bf16", 2), ("tiny/bf16", 3), slow("wide/bf16", 1), slow("wide/bf16", 2)]
+CASES = [("tiny/bf16", 0), ("tiny/bf16", 2), ("tiny/bf16", 3), ("wide/bf16", 1), ("wide/bf16", 2)]
 ATOL = 2e-3
 
 
@@ -46,6 +46,7 @@ class Recorder(XlaKernels):
         return super().pick_entries(q, weights, keys, visible, top_k=top_k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "index"), CASES, ids=lambda v: str(v))
 def test_layer(case, index):
     path = GOLDEN / case

@@ -105,6 +105,7 @@ def test_large_models_are_not_copied(plain):
     assert sum(id(x) in own for x in leaves) == len(own)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_not_held(plain):
     model = random_weights(lambda: DeepseekV4(unquantised(), max_tokens=64, dtype=jnp.float32), seed=0)
     plain(functools.partial(prepare.ready, model))

@@ -27,6 +27,7 @@ def schedules(model) -> list[AsyncSchedule]:
     return [node.schedule for _, node in nnx.iter_graph(model) if hasattr(node, "schedule")]
 
 
+@pytest.mark.slow
 def test_a_model_with_three_mtp_layers_has_one_schedule_of_three_lanes():
     config = small(3).config
     model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=512))

@@ -111,8 +111,9 @@ def generate_scripted(model, padded, lengths, new, truth, wrong, shapes):
     return generate_tokens(model, padded, lengths, new, Greedy(), keys, stop, shapes=shapes, drafter=drafter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [(0, 0, 0, 0), (1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
-@pytest.mark.parametrize("length", [5, slow(126)])
+@pytest.mark.parametrize("length", [5, 126])
 def test_adversarial_drafts(wrong, length):
     model, new = small(), 21
     tokens = prompt(length, rows=2)
