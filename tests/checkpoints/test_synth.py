@@ -176,6 +176,7 @@ def dequantized(reader: ShardReader, name: str) -> np.ndarray:
     return stored.astype(np.float32) * scale[rows][:, columns]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp4", "partial blocks"])
 def test_model_runs_on_it(name, tmp_path):
     config = with_layers(CONFIGS[name], 3)  # one layer of each kind

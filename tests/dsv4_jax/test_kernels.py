@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_cases import GOLDEN, assert_logits_close, expected, load_model, slow
+from golden_cases import GOLDEN, assert_logits_close, expected, load_model
 
 import dsv4_jax
 from dsv4_jax import DeepseekV4, ModelConfig
@@ -58,8 +58,9 @@ def test_golden_logits_and_tokens_on_the_tpu_kernels():
     np.testing.assert_array_equal(out.tokens, greedy["tokens"][:, :3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 512], ids=["decode", "prefill"])
-@pytest.mark.parametrize("name", ["v6e", *(slow(name) for name in TPUS if name != "v6e")])
+@pytest.mark.parametrize("name", TPUS)
 def test_the_step_calls_the_kernel_in_every_kind_of_layer(name, T):
     """Flash's own shapes; a strategy that quietly took the portable path would fail here."""
     fields = PRESETS["flash"] | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1}
