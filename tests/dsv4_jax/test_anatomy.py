@@ -103,7 +103,6 @@ def test_logit_error_ignores_a_constant_and_sees_the_rest():
         precision.relative_error(want, want[1:])
 
 
-@pytest.mark.slow
 def test_each_rounding_point_alone_costs_something(small):
     tokens = np.random.default_rng(1).integers(2, 190, 64)
     exact = anatomy.observe(small, tokens)

@@ -50,7 +50,6 @@ def test_auto_is_official_where_the_checkpoint_is_quantised():
     assert resolve_numerics("auto", quantised).name == "official" and resolve_numerics("auto", wide).name == "exact"
 
 
-@pytest.mark.slow
 def test_an_8_bit_cache_loses_nothing_with_official_numerics():
     """In bfloat16, where the rotary channels are bfloat16 anyway: every logit equal, in prefill and in decoding."""
     options = {"dtype": jnp.bfloat16, "numerics": "official", "max_tokens": 128}

@@ -106,6 +106,14 @@ def test_large_models_are_not_copied(plain):
 
 
 @pytest.mark.slow
+def test_parts_read_in_place_give_the_same_tokens(plain):
+    """One row of one token reads experts and groups of o_a where they lie; a prepared model reads turned copies."""
+    model = random_weights(lambda: DeepseekV4(unquantised(), max_tokens=64, dtype=jnp.float32), seed=0)
+    say = lambda: dsv4_jax.generate(model, PROMPT % 96, max_new_tokens=12).tokens
+    np.testing.assert_array_equal(plain(say), say())
+
+
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_not_held(plain):
     model = random_weights(lambda: DeepseekV4(unquantised(), max_tokens=64, dtype=jnp.float32), seed=0)
     plain(functools.partial(prepare.ready, model))

@@ -61,7 +61,8 @@ def test_every_edge_of_the_compression_windows(length):
     same(small(), prompt(length), 4, max_new_tokens=12)
 
 
-@pytest.mark.parametrize("drafts", [*map(slow, [1, 3, 8] if FULL else [3])])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [1, 3, 8] if FULL else [3])
 def test_uneven_rows_stops_and_budgets(drafts):
     model, tokens, lengths = small(), prompt(24, rows=4), [24, 3, 17, 9]
     plain = dsv4_jax.generate(model, tokens, lengths=lengths, max_new_tokens=20)
@@ -127,7 +128,8 @@ def test_adversarial_drafts(wrong, length):
     assert int(out.steps) == -(-(new - 1) // gained)
 
 
-@pytest.mark.parametrize("layers", [*map(slow, [1, 2, 3] if FULL else [3])])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [1, 2, 3] if FULL else [3])
 def test_one_or_several_mtp_layers(layers):
     model = small(layers)
     got = same(model, prompt(30), 4, max_new_tokens=16)
@@ -141,7 +143,8 @@ def test_bf16_and_8_bit_caches():
         same(model, expected(CALM, "greedy")["prompt_ids"], 2, max_new_tokens=24)
 
 
-@pytest.mark.parametrize("drafts", [*map(slow, [0, 3] if FULL else [3])])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [0, 3] if FULL else [3])
 def test_stream_gives_what_generate_gives(drafts):
     model, request = small(), {"lengths": [20, 11], "max_new_tokens": 15}
     want = dsv4_jax.generate(model, prompt(20, rows=2), **request)

@@ -52,7 +52,6 @@ def trained(model, tokens):
     return head(model, streams), head(model.mtp[0], drafted)
 
 
-@pytest.mark.slow
 def test_logits_and_gradient_are_the_portable_strategys(model, tokens):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
