@@ -101,9 +101,9 @@ def grouped_output_projection(target: Chip, rows: int, H: int, G: int, rank: int
 
 def expert_matmul(target: Chip, rows: int, blocks: int, N: int, K: int):
     weights = array(jnp.uint8, blocks, N, K // 2), array(jnp.uint8, blocks, N, K // 32)
-    args = array(jnp.bfloat16, rows * blocks, K), array(jnp.int32, blocks), array(jnp.int32), *weights
+    args = array(jnp.bfloat16, rows * blocks, K), array(jnp.int32, blocks), *weights
     run = expert_matmul_tpu if target.platform == "tpu" else expert_matmul_gpu
-    return lambda *args: run(*args, packed=True, chip=target), args
+    return lambda x, expert, *w: run(x, expert, blocks, *w, packed=True, chip=target), args
 
 
 def sparse_mla(target: Chip, B: int, T: int, H: int, N: int):

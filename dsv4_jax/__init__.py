@@ -1,7 +1,20 @@
 """DeepSeek-V4 in JAX: the model, and text out of it. Checkpoints are loaded by the package `checkpoints`."""
 
 from dsv4_jax.config import ConfigError, ModelConfig
-from dsv4_jax.generate import Generation, Greedy, Sample, Sampler, Stats, StreamEvent, generate, logits, stream
+from dsv4_jax.generate import (
+    Generation,
+    Greedy,
+    Program,
+    Sample,
+    Sampler,
+    Stats,
+    StreamEvent,
+    compile_program,
+    generate,
+    load_program,
+    logits,
+    stream,
+)
 from dsv4_jax.model import DeepseekV4
 
 __all__ = [
@@ -10,11 +23,14 @@ __all__ = [
     "Generation",
     "Greedy",
     "ModelConfig",
+    "Program",
     "Sample",
     "Sampler",
     "Stats",
     "StreamEvent",
+    "compile_program",
     "generate",
+    "load_program",
     "logits",
     "stream",
 ]

@@ -19,6 +19,9 @@ from dsv4_jax.quantized import QuantizedArray, Stack, Turned, Weight, dequantize
 Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
 FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
 IN_PLACE = 4  # pairs up to which each product has a branch for every expert; compiling those takes its time
+MOST_SORTED = 32768  # pairs up to which they are sorted, beyond they are counted in chunks of as many:
+COUNTED = 128
+SLAB_ROWS = 4096  # up to which a slab holds all blocks
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
 
 
@@ -77,19 +80,56 @@ class Blocks:
     slot: jax.Array
 
 
-def make_blocks(index: jax.Array, experts: int, rows: int) -> Blocks:
-    """Expert ids [P] -> Blocks; at most min(P, P / rows + min(P, experts)) of them exist. Ids past them are in none."""
-    P = index.shape[0]
+Sorted = tuple[jax.Array, jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]
+
+
+def by_sorting(index: jax.Array, experts: int) -> Sorted:
+    """Expert ids [P] -> how many pairs each expert has [E]; each pair's rank among its expert's [P]; and a function
+    (expert [K], rank [K, R]) -> pair, any for ranks there are not."""
     order = jnp.argsort(index, stable=True)
     counts = (index[:, None] == jnp.arange(experts)).sum(0)
     starts = jnp.cumsum(counts) - counts
+    find = lambda expert, rank: order.at[starts[expert][:, None] + rank].get(mode="clip")
+    return counts, jnp.argsort(order) - starts[index], find
+
+
+def by_counting(index: jax.Array, experts: int) -> Sorted:
+    """`by_sorting` for many pairs, of which a sort would take a TPU's compiler 20 seconds and 4 MiB of code a layer.
+
+    Pairs are counted in chunks; a pair is found by its chunk, then by its place in there.
+    """
+    P = index.shape[0]
+    chunks = jnp.pad(index, (0, -P % COUNTED), constant_values=experts).reshape(-1, 1, COUNTED)
+    hot = chunks == jnp.arange(experts)[:, None]  # [chunks, E, COUNTED]
+    up_to = jnp.triu(jnp.ones((COUNTED, COUNTED), jnp.bfloat16))
+    within = jnp.matmul(hot.astype(jnp.bfloat16), up_to, preferred_element_type=jnp.float32).astype(jnp.int32)
+    ends = jnp.cumsum(within[..., -1], axis=0)  # [chunks, E]: pairs of an expert up to the end of a chunk
+    before = ends - within[..., -1]
+
+    def find(expert: jax.Array, rank: jax.Array) -> jax.Array:
+        passed = ends.T[expert][:, None] <= rank[..., None]  # [K, R, chunks]
+        chunk = jnp.minimum(passed.sum(-1), len(ends) - 1)
+        first = jnp.where(passed, ends.T[expert][:, None], 0).max(-1)
+        return chunk * COUNTED + (within[chunk, expert[:, None]] <= (rank - first)[..., None]).sum(-1)
+
+    ranks = jnp.where(hot, within + before[..., None] - 1, 0).sum(1)
+    return ends[-1], ranks.reshape(-1)[:P], find
+
+
+def make_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1) -> Blocks:
+    """Expert ids [P] -> Blocks: min(P, P / rows + min(P, experts)) of them, which are always enough.
+
+    Ids past the experts are in none. More blocks than `multiple` are filled up to a multiple of it.
+    """
+    P = index.shape[0]
+    counts, rank_of_pair, find = (by_sorting if P <= MOST_SORTED else by_counting)(index, experts)
     last_block = jnp.cumsum(-(-counts // rows))
     first_block = last_block + counts // -rows
-    block = jnp.arange(min(P, P // rows + min(P, experts)))
+    most = min(P, P // rows + min(P, experts))
+    block = jnp.arange(most if most <= multiple else -(-most // multiple) * multiple)
     expert = jnp.minimum((last_block <= block[:, None]).sum(1), experts - 1)
     rank = (block - first_block[expert])[:, None] * rows + jnp.arange(rows)
-    pair = jnp.where(rank < counts[expert][:, None], order.at[starts[expert][:, None] + rank].get(mode="clip"), P)
-    rank_of_pair = jnp.argsort(order) - starts[index]
+    pair = jnp.where(rank < counts[expert][:, None], find(expert, rank), P)
     slot = first_block[index] * rows + rank_of_pair
     return Blocks(expert, pair, last_block[-1], slot)
 
@@ -131,7 +171,7 @@ def expert_mlp(
     """The routed experts' sum: only the products that were routed, expert by expert.
 
     Args:
-      x: [n, M] tokens.
+      x: [n, M] tokens, rounded already.
       index, weights: [n, A] expert ids and fp32 routing weights.
       gate_up, down: stacked [E, 2, F, M] and [E, M, F], quantised or not; one expert is expanded at a time.
       routed: experts there are in all, where these are some of them: other ids (>= E) then give nothing.
@@ -140,7 +180,6 @@ def expert_mlp(
     """
     (n, A), experts = index.shape, down.shape[0]
     P, rows = n * A, block_rows(n * A, routed or experts)
-    x = numerics.activations(x, gate_up)
     flat = index.reshape(P)
     if P <= FEW_PAIRS and not routed:
         out = few_pairs(x, flat, weights.reshape(P), gate_up, down, limit, numerics)
@@ -182,6 +221,23 @@ def multiply_blocks(rows: jax.Array, expert: jax.Array, used: jax.Array, w: Weig
     return jnp.where((jnp.arange(len(expert)) < used)[:, None, None], out, 0).reshape(len(rows), -1)
 
 
+def by_expert(index: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token's choices [n, A] in the order of their experts, and their weights; equal ids keep theirs."""
+    before = jnp.tril(jnp.ones((index.shape[1],) * 2, bool), -1)
+    mine, other = index[:, :, None], index[:, None, :]
+    rank = ((other < mine) | ((other == mine) & before)).sum(2)
+    goes = rank[:, None, :] == jnp.arange(index.shape[1])[:, None]  # [n, place, choice]
+    place = lambda a: jnp.where(goes, a[:, None, :], 0).sum(2)
+    return place(index), place(weights)
+
+
+def slab_blocks(tokens: int, choices: int, held: int, routed: int, rows: int) -> int:
+    """Blocks worked on at a time: those that even routing fills, where each token has a choice among the `held`."""
+    share = held / routed
+    pairs = tokens * choices * share / (1 - (1 - share) ** choices)
+    return max(math.ceil(pairs / rows) + held, SLAB_ROWS // rows)
+
+
 def expert_mlp_in_blocks(
     x,
     index,
@@ -193,17 +249,37 @@ def expert_mlp_in_blocks(
     product: Product,
     routed: int | None = None,
 ):
-    """`expert_mlp` for a platform whose kernel takes all blocks at once: two grouped products instead of a loop.
+    """`expert_mlp` for a platform whose kernel takes many blocks at once: two grouped products instead of a loop.
+
+    Where only some experts are held, most pairs may be others': blocks are then taken slab by slab, as many slabs as
+    have rows, so that memory and time follow the pairs there are. Sums are in the order of experts either way.
 
     product: (rows [K * R, in], expert [K], blocks used, weight [E, out, in]) -> [K * R, out] in the rows' dtype; blocks
       past the used ones may hold anything finite.
     """
     (n, A), experts = index.shape, down.shape[0]
-    P = n * A
-    blocks = make_blocks(index.reshape(P), experts, block_rows(P, routed or experts))
-    pair = blocks.pair.reshape(-1)
-    rows = numerics.activations(x, gate_up)[jnp.minimum(pair, P - 1) // A]
-    gate, up = jnp.split(product(rows, blocks.expert, blocks.used, joined(gate_up)), 2, axis=-1)
-    share = jnp.where(pair < P, weights.reshape(P)[jnp.minimum(pair, P - 1)], 0)[:, None]
-    out = product(hidden(gate, up, limit, numerics, down, share), blocks.expert, blocks.used, down)
-    return add_up(out[blocks.slot], index, experts, routed)
+    P, rows = n * A, block_rows(n * A, routed or experts)
+    index, weights = by_expert(index, weights)
+    slab = slab_blocks(n, A, experts, routed or experts, rows)
+    blocks = make_blocks(index.reshape(P), experts, rows, slab)
+    slab, slabs = min(slab, len(blocks.expert)), -(-len(blocks.expert) // slab)
+    slot = jnp.where(index < experts, blocks.slot.reshape(n, A), -1)
+
+    def add(total: jax.Array, first: jax.Array | int) -> jax.Array:
+        expert, pair = (jax.lax.dynamic_slice_in_dim(a, first, slab) for a in (blocks.expert, blocks.pair))
+        used, pair = jnp.clip(blocks.used - first, 0, slab), pair.reshape(-1)
+        chosen = jnp.minimum(pair, P - 1)
+        gate, up = jnp.split(product(x[chosen // A], expert, used, joined(gate_up)), 2, axis=-1)
+        share = jnp.where(pair < P, weights.reshape(P)[chosen], 0)[:, None]
+        out = product(hidden(gate, up, limit, numerics, down, share), expert, used, down)
+        place = slot - first * rows
+        for a in range(A):
+            here = (place[:, a] >= 0) & (place[:, a] < len(out))
+            total += jnp.where(here[:, None], out.at[place[:, a]].get(mode="clip"), 0)
+        return total
+
+    total = jnp.zeros(x.shape, jnp.float32)
+    if slabs == 1:
+        return add(total, 0)
+    step = lambda total, first: (jax.lax.cond(first < blocks.used, add, lambda total, _: total, total, first), None)
+    return jax.lax.scan(step, total, slab * jnp.arange(slabs))[0]

@@ -64,6 +64,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, index: jax.Array, weights: jax.Array, real: jax.Array) -> jax.Array:
         """x [n, M], expert ids and weights [n, A], which tokens are real [n] -> fp32 [n, M]; see `run_experts`."""
+        x = self.numerics.activations(x, self.gate_up_proj.get_value())  # once, not wherever a token is sent
         if self.parallel.expert_shards == 1:
             return self._run(x, index, weights, None)
         run = lambda x, index, weights: self._run(x, index, weights, self.count)

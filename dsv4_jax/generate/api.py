@@ -108,7 +108,7 @@ def _compiled(rows: Sequence[str], out: Callable[[P], Any] = lambda row: P(), *,
 
 
 @_compiled(rows=("tokens", "lengths", "limit", "keys"))
-def _generate(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter, alone):
+def generate_program(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafter, alone):
     keys = jax.random.wrap_key_data(keys)
     return decode.generate_tokens(model, tokens, lengths, limit, sampler, keys, stop, shapes, drafter, alone)
 
@@ -180,16 +180,21 @@ def generate(
     Raises:
       ValueError: before any work, for anything that does not fit; the message says what to change.
     """
-    request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
-    began, rows = time.perf_counter(), request.rows
-    out = _generate(*request.parts(model), *request.inputs, shapes=request.shapes, **request.how)
-    out = jax.device_get(out)
-    seconds = time.perf_counter() - began
-    lengths, prompts = out.lengths[:rows], request.inputs[1][:rows]
-    accepted = tuple(out.accepted.tolist())
-    drafted = int(out.offered) * len(accepted)
-    stats = Stats(int(prompts.sum()), int(lengths.sum()), 1 + int(out.steps), seconds, drafted, accepted)
-    return Generation(out.tokens[:rows, :max_new_tokens], lengths, stats)
+    request = Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
+    began = time.perf_counter()
+    out = generate_program(*request.parts(model), *request.inputs, shapes=request.shapes, **request.how)
+    return finish(request, out, max_new_tokens, began)
+
+
+def finish(request: Request, out: decode.Decoded, max_new_tokens: int, began: float) -> Generation:
+    """What a program gave, on the host, without the rows that fill the shards; `began`: when the call did."""
+    got: Any = jax.device_get(out)
+    seconds, rows = time.perf_counter() - began, request.rows
+    lengths, prompts = got.lengths[:rows], request.inputs[1][:rows]
+    accepted = tuple(got.accepted.tolist())
+    drafted = int(got.offered) * len(accepted)
+    stats = Stats(int(prompts.sum()), int(lengths.sum()), 1 + int(got.steps), seconds, drafted, accepted)
+    return Generation(got.tokens[:rows, :max_new_tokens], lengths, stats)
 
 
 def stream(
@@ -205,11 +210,11 @@ def stream(
     deterministic: bool = False,
 ) -> Iterator[StreamEvent]:
     """As `generate`, token by token over the same step; yields StreamEvents while the next steps run."""
-    request = _Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
+    request = Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
     return _events(model, request, max_new_tokens)
 
 
-def _events(model: DeepseekV4, request: _Request, limit: int) -> Iterator[StreamEvent]:
+def _events(model: DeepseekV4, request: Request, limit: int) -> Iterator[StreamEvent]:
     parts, rows = request.parts(model), request.rows
     state, begun = _start(*parts, *request.inputs, shapes=request.shapes, **request.how)
     first, done = (x[:rows] for x in jax.device_get(begun))
@@ -234,7 +239,7 @@ def _one_by_one(new: np.ndarray, before: np.ndarray, after: np.ndarray, number: 
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """A checked request: `rows` sequences, what the programs take, and the shapes to compile for.
 
     inputs: tokens and lengths, limit, sampler, key data, stop ids; rows are filled up to what the mesh divides.
@@ -249,8 +254,13 @@ class _Request:
         """The model as the programs take it; rows that go alone read weights in one order on any mesh."""
         return ready(model, turn=not self.how["alone"])
 
+    def widened(self, prompt: int) -> tuple[Any, ...]:
+        """The inputs, prompts padded to at least `prompt` tokens."""
+        tokens, *others = self.inputs
+        return (_pad(tokens, max(prompt, tokens.shape[1])), *others)
+
     @classmethod
-    def make(cls, model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic) -> _Request:
+    def make(cls, model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic) -> Request:
         tokens, lengths = _check_prompts(model, tokens, lengths)
         if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 1")

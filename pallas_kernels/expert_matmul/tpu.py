@@ -51,8 +51,9 @@ class Plan:
     out_dtype: Any
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self.N // self.config.columns, self.blocks
+    def tiles(self) -> int:
+        """Of columns."""
+        return self.N // self.config.columns
 
     @property
     def turned(self) -> bool:
@@ -183,10 +184,6 @@ def _kernel(expert_ref, used_ref, x_ref, w_ref, scale_ref, out_ref, *scratch, pl
         else:
             _sum_by_blocks(x_ref, w_ref, scale_ref, out_ref, plan)
 
-    @pl.when(~used)
-    def _clear():
-        out_ref[...] = jnp.zeros_like(out_ref)
-
 
 def _scratch(plan: Plan) -> list[Any]:
     c = plan.config
@@ -202,9 +199,8 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
     columns = plan.config.columns
 
     def tile(n, b, expert, used):
-        """Blocks without use keep what is there: nothing is read for them."""
-        last = jnp.maximum(used[0] - 1, 0)
-        return expert[jnp.minimum(b, last)], jnp.where(used[0] > 0, n, 0), 0
+        """With no block in use, the grid has one for every tile, which all stay at the first."""
+        return expert[b], jnp.where(used[0] > 0, n, 0), 0
 
     def turned_tile(*at):
         expert, n, _ = tile(*at)
@@ -217,11 +213,15 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
     else:
         scale_spec = pl.BlockSpec((1, columns, scale.shape[2]), tile)
     visited = min(plan.blocks, w.shape[0])
-    return pl.pallas_call(
+    # The grid ends with the blocks in use: the others cost nothing, and nothing is written for them.
+    known = isinstance(blocks_used, int)
+    end = min(max(blocks_used, 1), plan.blocks) if known else jnp.clip(blocks_used, 1, plan.blocks)
+    grid = plan.tiles, end
+    out = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=plan.grid,
+            grid=grid,
             in_specs=[
                 pl.BlockSpec((1, plan.rows, plan.K), lambda n, b, expert, used: (b, 0, 0)),
                 pl.BlockSpec((1, columns, w.shape[2]), tile),
@@ -243,6 +243,7 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
         interpret=interpret,
         name="expert_matmul",
     )(block_expert.astype(jnp.int32), jnp.reshape(blocks_used, (1,)).astype(jnp.int32), x, w, scale)
+    return jnp.where((jnp.arange(plan.blocks) < blocks_used)[:, None, None], out, 0)
 
 
 def _even_odd(x: jax.Array) -> jax.Array:
@@ -265,7 +266,7 @@ def _pad_to(x: jax.Array, axis: int, unit: int) -> jax.Array:
 def expert_matmul_tpu(
     x: jax.Array,
     block_expert: jax.Array,
-    blocks_used: jax.Array,
+    blocks_used: jax.Array | int,
     w: jax.Array,
     scale: jax.Array,
     *,
@@ -280,6 +281,7 @@ def expert_matmul_tpu(
     others are copied to that size first. With no block in use the first block's tile is read all the same.
 
     Args:
+      blocks_used: of known value, an int, it makes the grid a fixed one, which a static profile needs.
       config: block sizes; `tuning.default_config` by default.
       interpret: run on CPU; `pltpu.InterpretParams()` checks memory accesses, too.
     Raises:
@@ -309,7 +311,7 @@ def expert_matmul_tpu(
         x = x if config.fold else x.astype(jnp.float32)
     else:
         values = scale_value(scale) * jnp.float32(1.0 if native else B11_FACTOR)
-        scale = values.reshape(w.shape[0], plan.grid[0], -1, values.shape[2])
+        scale = values.reshape(w.shape[0], plan.tiles, -1, values.shape[2])
     out = _call(x, block_expert, blocks_used, w, scale, plan=plan, chip=chip, interpret=interpret)[..., :N]
     if len(parts) > 1:
         out = out.reshape(blocks, len(parts), -1, N).sum(1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import checkpoints
 from checkpoints.synth import synth
 from dsv4_jax.presets import PRESETS
@@ -31,6 +33,7 @@ print(live, max(seen) - before)
 """
 
 
+@pytest.mark.slow
 def test_weights_stay_packed_and_the_peak_is_little_more(tmp_path):
     fields = PRESETS["tiny"] | {
         "hidden_size": 512, "num_hidden_layers": 12, "compress_ratios": [0] + [4, 128] * 5 + [4, 0],

@@ -33,6 +33,7 @@ def reference(tmp_path_factory) -> dict[str, bytes]:
     return files_of(checkpoints.convert(CALM, tmp_path_factory.mktemp("reference") / "converted"))
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_run_again(tmp_path):
     """20 random points and more with DSV4_FULL_TESTS=1, 6 without; each file in several bands, three at a time."""
     points, seed = (40, int(time.time())) if FULL else (6, 0)

@@ -143,6 +143,7 @@ def lowered_decode_step(layers: int) -> tuple[str, int]:
     return lowered.as_text(), len(traced)
 
 
+@pytest.mark.slow
 def test_a_step_of_43_layers_is_hardly_more_program_than_one_of_8():
     """Each kind of layer is traced once: sliding, CSA and HCA, routed by hash or by scores."""
     (small, few), (large, many) = lowered_decode_step(8), lowered_decode_step(43)

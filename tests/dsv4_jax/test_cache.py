@@ -106,6 +106,7 @@ def test_split_around_every_window_edge(first):
     np.testing.assert_allclose(got, whole()[: first + 6], atol=ATOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [4, 7])
 def test_rejected_tokens_leave_no_trace(drafts):
     """Five-token steps of which only some are kept: the cursor goes back, the rest is overwritten."""
@@ -122,6 +123,7 @@ def test_rejected_tokens_leave_no_trace(drafts):
     np.testing.assert_allclose(np.concatenate(out), whole()[:start], atol=ATOL)
 
 
+@pytest.mark.slow
 def test_rows_at_different_positions_do_not_mix():
     """A batch whose rows advance by different counts, some by none, equals each row run alone."""
     rng = np.random.default_rng(3)

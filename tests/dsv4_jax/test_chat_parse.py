@@ -269,6 +269,7 @@ def test_replies_come_back(content, reasoning, calls, thinking):
     assert (pieces["content"], pieces["reasoning"]) == (reply.content, reply.reasoning)
 
 
+@pytest.mark.slow
 @given(content=PLAIN, calls=CALLS.filter(bool), cut=st.floats(0, 1))
 @settings(max_examples=150, deadline=None)
 def test_replies_cut_anywhere(content, calls, cut):

@@ -189,6 +189,7 @@ def test_json_is_what_the_library_gives(dsv4, generated, small):
     assert err.splitlines()[-1].startswith(f"{len(want)} tokens;")
 
 
+@pytest.mark.slow
 def test_prompts_that_mean_the_same(generated, small, tmp_path):
     """From a file, with the BOS spelt out, and as ids."""
     tokenizer = checkpoints.load_tokenizer(small)
@@ -204,6 +205,7 @@ def test_prompts_that_mean_the_same(generated, small, tmp_path):
     assert found == [found[0]] * len(sources)
 
 
+@pytest.mark.slow
 def test_stop_ids(generated, small):
     args = (small, "--prompt", PROMPT, "--max-new-tokens", "12")
     free = generated(*args)["tokens"][0]

@@ -48,6 +48,7 @@ def test_stop_id_is_returned_and_ends_its_row_alone(small):
         assert (out.tokens[row, n:] == -1).all()
 
 
+@pytest.mark.slow
 def test_stops_early_when_every_row_has(small):
     first = greedy(small, PROMPT[:1], 1).tokens
     out = greedy(small, PROMPT[:1], 16, stop_ids=[int(first[0, 0])])
@@ -66,12 +67,14 @@ def test_stream_yields_what_generate_returns(small, sampler):
     assert [event.step for event in events] == list(range(len(events)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_stream_of_few_tokens(small, n):
     events = list(dsv4_jax.stream(small, PROMPT[:1], max_new_tokens=n))
     assert [int(e.tokens[0]) for e in events] == greedy(small, PROMPT[:1], n).tokens[0].tolist()
 
 
+@pytest.mark.slow
 def test_stream_can_be_left_early(small):
     for event in dsv4_jax.stream(small, PROMPT[:1], max_new_tokens=50):
         if event.step == 2:
@@ -119,10 +122,10 @@ def test_prompt_longer_than_a_chunk(small, monkeypatch):
 
 def test_no_recompilation_within_a_bucket(small):
     greedy(small, PROMPT[:1, :17], 10, sampler=dsv4_jax.Sample(temperature=0.5))
-    before = api._generate._cache_size()
+    before = api.generate_program._cache_size()
     for n in (18, 20, 23):
         greedy(small, PROMPT[:1, :n], 16, sampler=dsv4_jax.Sample(temperature=0.1 * n), seed=n, stop_ids=[n])
-    assert api._generate._cache_size() == before
+    assert api.generate_program._cache_size() == before
 
 
 def test_buckets():

@@ -20,7 +20,7 @@ def test_logits(path):
     assert_logits_close(dsv4_jax.logits(load_model(path), want["input_ids"]), want["logits"])
 
 
-@checkpoints_with("greedy")
+@checkpoints_with("greedy", quick=("tiny/fp8",))
 def test_greedy_tokens(path):
     want = expected(path, "greedy")
     out = dsv4_jax.generate(load_model(path), want["prompt_ids"], max_new_tokens=want["tokens"].shape[1])

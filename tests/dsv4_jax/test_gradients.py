@@ -78,6 +78,7 @@ def test_gradient_on_the_tpu_kernels_is_that_of_the_portable_model():
         assert float(jnp.abs(a - b).max()) <= 1e-3 * float(jnp.abs(a).max())
 
 
+@pytest.mark.slow
 def test_gradient_of_one_kernel_is_its_references():
     """FP8 projection, in the interpreter: with respect to what goes in; codes and their scales stay as they are."""
     rng = np.random.default_rng(2)

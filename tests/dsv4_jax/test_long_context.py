@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_cases import slow
 from small_models import small
 
 import dsv4_jax
@@ -28,7 +29,7 @@ def arrays_of_a_chunk(context: int) -> list[tuple[int, ...]]:
     return [tuple(map(int, dims.split("x")[:-1])) for dims in set(re.findall(r"tensor<((?:\d+x)+[a-z]\w+)>", text))]
 
 
-@pytest.mark.parametrize("context", [400_000, 1_048_576])
+@pytest.mark.parametrize("context", [slow(400_000), 1_048_576])
 def test_no_array_of_queries_times_context(context):
     entries = {context, context // 4, context // 128}
     shapes = arrays_of_a_chunk(context)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import GOLDEN
 
 from dsv4_jax.config import LayerSpec, ModelConfig
-from dsv4_jax.experts import MAX_BLOCK_ROWS, block_rows, clamped_swiglu, expert_mlp, expert_mlp_in_blocks
+from dsv4_jax.experts import MAX_BLOCK_ROWS, block_rows, clamped_swiglu, expert_mlp, expert_mlp_in_blocks, slab_blocks
 from dsv4_jax.moe import Router
 from dsv4_jax.numerics import ExactNumerics
 from dsv4_jax.presets import PRESETS
@@ -78,7 +79,7 @@ def in_blocks(*args):
         out = jnp.einsum("brk,bnk->brn", rows.reshape(len(expert), -1, rows.shape[1]), values, precision="highest")
         return jnp.where(jnp.arange(len(expert))[:, None, None] < used, out, 0).reshape(len(rows), -1)
 
-    return expert_mlp_in_blocks(*args, product)
+    return expert_mlp_in_blocks(*args[:7], product, *args[7:])
 
 
 BOTH = pytest.mark.parametrize("experts", [expert_mlp, in_blocks], ids=["loop", "in blocks"])
@@ -131,6 +132,25 @@ def test_a_token_does_not_depend_on_the_others():
     np.testing.assert_array_equal(changed[16:], whole[16:])
     alone = expert_mlp(x[16:17], index[16:17], weights[16:17], gate_up, down, 2.0, EXACT)
     np.testing.assert_allclose(alone[0], whole[16], rtol=0, atol=2e-6 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("slab_rows", [8, 40])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_slabs_change_nothing(slab_rows, skewed, monkeypatch):
+    """Of 16 experts the first 3 are held: whether few pairs are theirs or all, and however many slabs that takes."""
+    rng, held, many = np.random.default_rng(2), 3, 16
+    gate_up, down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((held, 2, F, M), (held, M, F)))
+    x, index, weights = routed(90, rng, held if skewed else many)
+    args = jnp.minimum(index, held), weights, gate_up, down, 2.0, EXACT, many
+    count = slab_blocks(90, A, held, many, block_rows(90 * A, many))
+    want = in_blocks(x, *args)
+    monkeypatch.setattr("dsv4_jax.experts.SLAB_ROWS", slab_rows)
+    assert slab_blocks(90, A, held, many, block_rows(90 * A, many)) < count
+    got = jax.jit(in_blocks, static_argnums=(5, 6, 7))(x, *args)
+    np.testing.assert_allclose(want, expert_mlp(x, *args), rtol=0, atol=2e-6 * np.abs(want).max())
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+    alone = jax.jit(in_blocks, static_argnums=(5, 6, 7))(x[:45], *(a[:45] for a in args[:2]), *args[2:])
+    np.testing.assert_array_equal(alone, got[:45])
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["fp8", "fp4"])

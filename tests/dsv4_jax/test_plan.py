@@ -53,6 +53,7 @@ def test_sizes_of_flash_and_the_verdict():
     assert not none.fits and "B200x" in none.suggestion
 
 
+@pytest.mark.slow
 def test_more_context_and_more_sequences_take_more():
     rows = sweep(PRESETS["flash"], parse_topology("v5p:2x2x2"), [1, 8, 64], [4096, 131072])
     assert [row["batch"] for row in rows] == [8, 64, 8, 64]  # filled up to the shards of the mesh

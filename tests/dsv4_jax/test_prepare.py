@@ -39,6 +39,7 @@ def plain(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_prepared_weights_hold_the_same_values(small):
     keyed = jax.tree_util.tree_flatten_with_path(small, is_leaf=prepare._is_weight)[0]
     structure, leaves = prepare.ready(small)

@@ -48,15 +48,16 @@ def expected(path: Path, what: str):
     return np.load(path.with_name(f"{path.name}.{what}.npz"))
 
 
-def checkpoints_with(what: str, few: tuple[str, ...] = ()):
+def checkpoints_with(what: str, few: tuple[str, ...] = (), quick: tuple[str, ...] = ()):
     """Parametrise over the golden checkpoints that have outputs `what`; unless DSV4_FULL_TESTS is set, over `few`.
 
-    Of those, all but the first are slow.
+    All but the `quick` ones are slow; these are the first of the few, or all where neither is given.
     """
     paths = {case_name(p): p for p in golden_checkpoints() if p.with_name(f"{p.name}.{what}.npz").exists()}
     assert paths, f"no golden case has {what}"
     names = few if few and not FULL else tuple(paths)
-    marked = lambda name: slow if name in few[1:] else pytest.param
+    quick = quick or few[:1] or names
+    marked = lambda name: pytest.param if name in quick else slow
     return pytest.mark.parametrize("path", [marked(name)(paths[name], id=name) for name in names])
 
 

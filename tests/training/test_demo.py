@@ -73,6 +73,7 @@ def _as_bf16_where_stored_so(w):
     return w.astype(jnp.bfloat16).astype(w.dtype)
 
 
+@pytest.mark.slow
 def test_training_rounds_as_the_released_formats_do():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 256)), jnp.float32)
     mine, official = demo.StraightThrough(), OfficialNumerics()
