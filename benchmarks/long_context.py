@@ -28,7 +28,7 @@ from benchmarks import random_prompt
 from benchmarks.models import MODELS
 from checkpoints.memory import anonymous_bytes
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.generate.decode import PREFILL_CHUNK
+from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.random_weights import random_weights
 
@@ -75,7 +75,7 @@ def measure(name: str, context: int) -> dict[str, Any]:
     chunk_bytes = workspace(model)
     prompt = random_prompt(context, config.vocab_size)[None]
     run = lambda **lengths: dsv4_jax.stream(model, prompt, max_new_tokens=NEW_TOKENS, **lengths)
-    list(run(lengths=[min(context, PREFILL_CHUNK)]))
+    list(run(lengths=[min(context, XlaKernels.prefill_chunk)]))
     ctypes.CDLL(None).malloc_trim(0)
     began, times = time.perf_counter(), []
     with Growth() as growth:
@@ -115,7 +115,8 @@ class Growth:
 def workspace(model: DeepseekV4) -> int:
     """Temporaries of the program for one chunk, whose cache is updated in place."""
     cache = jax.eval_shape(lambda: model.init_cache(1))
-    tokens, count = jax.ShapeDtypeStruct((1, PREFILL_CHUNK), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    chunk, count = ((1, XlaKernels.prefill_chunk), (1,))
+    tokens, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (chunk, count))
     step = jax.jit(lambda model, *args: model(*args), donate_argnums=2)
     return step.lower(model, tokens, cache, count).compile().memory_analysis().temp_size_in_bytes
 

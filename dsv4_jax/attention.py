@@ -172,7 +172,7 @@ class CsaAttention(Attention):
     ):
         super().__init__(config, spec, kernels, numerics, dtype, schedule, parallel)
         self.compressor = Compressor(config, spec, config.head_dim, dtype)
-        self.indexer = Indexer(config, spec, kernels, numerics, dtype)
+        self.indexer = Indexer(config, spec, kernels, numerics, dtype, parallel)
 
     def inputs(self, x, step):
         main, keys = self.compressor, self.indexer.compressor

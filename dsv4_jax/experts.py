@@ -19,7 +19,7 @@ from dsv4_jax.quantized import QuantizedArray, Stack, Turned, Weight, dequantize
 Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
 FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
 IN_PLACE = 4  # pairs up to which each product has a branch for every expert; compiling those takes its time
-MOST_SORTED = 32768  # pairs up to which they are sorted, beyond they are counted in chunks of as many:
+MOST_SORTED = 32768  # pairs up to which a kernel's are sorted, beyond they are counted in chunks of as many:
 COUNTED = 128
 SLAB_ROWS = 4096  # up to which a slab holds all blocks
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
@@ -96,7 +96,8 @@ def by_sorting(index: jax.Array, experts: int) -> Sorted:
 def by_counting(index: jax.Array, experts: int) -> Sorted:
     """`by_sorting` for many pairs, of which a sort would take a TPU's compiler 20 seconds and 4 MiB of code a layer.
 
-    Pairs are counted in chunks; a pair is found by its chunk, then by its place in there.
+    Pairs are counted in chunks; a pair is found by its chunk, then by its place in there. Every pair is compared with
+    every chunk, which a compiler that fuses does on the fly.
     """
     P = index.shape[0]
     chunks = jnp.pad(index, (0, -P % COUNTED), constant_values=experts).reshape(-1, 1, COUNTED)
@@ -116,13 +117,13 @@ def by_counting(index: jax.Array, experts: int) -> Sorted:
     return ends[-1], ranks.reshape(-1)[:P], find
 
 
-def make_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1) -> Blocks:
+def make_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1, arrange=by_sorting) -> Blocks:
     """Expert ids [P] -> Blocks: min(P, P / rows + min(P, experts)) of them, which are always enough.
 
     Ids past the experts are in none. More blocks than `multiple` are filled up to a multiple of it.
     """
     P = index.shape[0]
-    counts, rank_of_pair, find = (by_sorting if P <= MOST_SORTED else by_counting)(index, experts)
+    counts, rank_of_pair, find = arrange(index, experts)
     last_block = jnp.cumsum(-(-counts // rows))
     first_block = last_block + counts // -rows
     most = min(P, P // rows + min(P, experts))
@@ -261,7 +262,7 @@ def expert_mlp_in_blocks(
     P, rows = n * A, block_rows(n * A, routed or experts)
     index, weights = by_expert(index, weights)
     slab = slab_blocks(n, A, experts, routed or experts, rows)
-    blocks = make_blocks(index.reshape(P), experts, rows, slab)
+    blocks = make_blocks(index.reshape(P), experts, rows, slab, by_sorting if P <= MOST_SORTED else by_counting)
     slab, slabs = min(slab, len(blocks.expert)), -(-len(blocks.expert) // slab)
     slot = jnp.where(index < experts, blocks.slot.reshape(n, A), -1)
 

@@ -13,16 +13,25 @@ from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import linear, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation, apply_rope
+from dsv4_jax.sharding import SINGLE, Parallel
 from pallas_kernels.sparse_mla import FirstN, Picks
 
 
 class Indexer(nnx.Module):
     """Scores sum_h w_h relu(q_h . k_i) with its own compressor for the keys."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, numerics: Numerics, dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        kernels: AttentionKernels,
+        numerics: Numerics,
+        dtype,
+        parallel: Parallel = SINGLE,
+    ):
         heads, dim = config.index_n_heads, config.index_head_dim
         self.heads, self.dim, self.top_k, self.kernels = heads, dim, config.index_topk, kernels
-        self.ratio, self.numerics = spec.ratio, numerics
+        self.ratio, self.numerics, self.parallel = spec.ratio, numerics, parallel
         self.q_b_proj = weight((heads * dim, config.q_lora_rank), dtype, config.quantization, "fp8")
         self.weights_proj = nnx.Param(jnp.zeros((heads, config.hidden_size), dtype))
         self.compressor = Compressor(config, spec, dim, dtype)
@@ -49,7 +58,10 @@ class Indexer(nnx.Module):
         visible = visible_entries(step, self.ratio)
         if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
             return FirstN(visible), cache
+        inputs = (latent, weights, rotation, visible)
+        latent, weights, rotation, mine = jax.tree.map(self.parallel.split_sequence, inputs)
         latent = self.numerics.activations(latent, self.q_b_proj.get_value())
         q = self.kernels.project(latent, self.q_b_proj.get_value()).reshape(*latent.shape[:2], self.heads, self.dim)
         q = self.numerics.index(apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation)))
-        return self.kernels.pick_entries(q, weights, cache.entries, visible, top_k=self.top_k), cache
+        picks = self.kernels.pick_entries(q, weights, cache.entries, mine, top_k=self.top_k)
+        return jax.tree.map(lambda x: self.parallel.join_sequence(x, visible.shape[1]), picks), cache

@@ -41,6 +41,8 @@ class AttentionKernels(abc.ABC):
     """What a platform must supply; every implementation keeps the contract of the reference it names."""
 
     has_streams = False  # lanes of the schedule are streams of the device
+    prefill_chunk = 512  # tokens of a prompt that go through the model at a time
+    loops_over_layers = False  # a prompt goes round a loop over layers of a kind, so that they are compiled once
     reads_packed = True  # its kernels expand quantised weights tile by tile, so nobody should do so beforehand
 
     @property
@@ -161,6 +163,8 @@ class TpuKernels(XlaKernels):
     interpret: bool | pltpu.InterpretParams = False
 
     name = "tpu"
+    prefill_chunk = 2048
+    loops_over_layers = True
     reads_packed = True
 
     def __post_init__(self):

@@ -39,6 +39,7 @@ class GpuKernels(XlaKernels):
     interpret: Any = None
 
     name = "gpu"
+    prefill_chunk = 2048
     reads_packed = True
     has_streams = True
 

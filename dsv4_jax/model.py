@@ -14,6 +14,7 @@ from dsv4_jax.layer import DecoderLayer, run_layer
 from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.mtp import MtpLayer
 from dsv4_jax.numerics import Numerics, resolve_numerics
+from dsv4_jax.repeat import NO_RUN, kind_of, longest_run, loop
 from dsv4_jax.rope import RopeTable, rope_specs
 from dsv4_jax.schedule import AsyncSchedule
 from dsv4_jax.sharding import SINGLE, Parallel
@@ -74,24 +75,36 @@ class DeepseekV4(nnx.Module):
         make = lambda spec: init_layer_cache(self.config, spec, batch, self.max_tokens, form, drafts=drafts)
         return tuple(make(spec) for spec in self.config.mtp_layers)
 
-    def __call__(self, tokens: jax.Array, cache: Cache, count: jax.Array) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self, tokens: jax.Array, cache: Cache, count: jax.Array, *, in_loop: bool = False
+    ) -> tuple[jax.Array, Cache]:
         """Continue each sequence by the first `count` of its T tokens.
 
         Args:
           tokens: int32 [B, T]; what follows the first `count` of a row is padding.
           cache: as returned by the last call, or by `init_cache`.
           count: int32 [B] in 0 .. T.
+          in_loop: compile layers of a kind once; for many tokens, and not for gradients. See `repeat.py`.
         Returns:
           streams [B, T, N, M] after the last layer (for `head`, and for MTP), and the cache with length + count.
         """
         step = Step(tokens, cache.length, count)
         streams = jnp.repeat(self.embed(tokens)[:, :, None], self.config.hc_mult, axis=2)
-        layers = []
-        for layer, spec, state in zip(self.layers, self.config.layers, cache.layers, strict=True):
+        states = list(cache.layers)
+
+        def apply(spec, layer, streams, state):
             rope = self.rope_main if spec.kind == SLIDING else self.rope_compress
-            streams, state = run_layer(layer, streams, rope, state, step)
-            layers.append(state)
-        return streams, Cache(tuple(layers), step.end)
+            return run_layer(layer, streams, rope, state, step)
+
+        specs, layers = self.config.layers, list(self.layers)
+        run = longest_run([kind_of(pair) for pair in zip(layers, states, strict=True)]) if in_loop else NO_RUN
+        for i in range(len(layers)):
+            if i == run.first and run.turns:
+                place = lambda j, *args: apply(specs[run.first + j], *args)
+                streams, states[run.first : run.end] = loop(run, layers, states, streams, place)
+            elif not run.first <= i < run.end:
+                streams, states[i] = apply(specs[i], layers[i], streams, states[i])
+        return streams, Cache(tuple(states), step.end)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, M]."""

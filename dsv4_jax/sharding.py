@@ -7,7 +7,8 @@ Axes of the mesh, any of which may be absent:
   data: sequences. Each lives on one shard, its cache too.
   expert: sequences too, and routed experts. Tokens travel to the experts and back, all to all.
   model: heads with their output groups, the vocabulary, the shared expert, and routed experts once more. Devices along
-    it work on the same tokens and add up.
+    it work on the same tokens and add up. A long prompt is split by sequence here, too: the indexer's heads are on
+    every device, so each scores its own piece of a chunk's tokens, and the picks are put together.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
     "mlp.shared_experts.down_proj": (None, "model"),
 }
 PRESETS = ("latency", "throughput")
+SMALLEST_PIECE = 64  # tokens, below which a chunk is not split by sequence
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,20 @@ class Parallel:
     def gather_model(self, x: jax.Array) -> jax.Array:
         """Pieces of the last axis put together."""
         return jax.lax.all_gather(x, "model", axis=x.ndim - 1, tiled=True) if self.model > 1 else x
+
+    def sequence_piece(self, tokens: int) -> int:
+        """Tokens of a chunk that each device along `model` takes, where the chunk is split by sequence; else all."""
+        piece = tokens // self.model
+        return piece if tokens % self.model == 0 and piece >= SMALLEST_PIECE else tokens
+
+    def split_sequence(self, x: jax.Array) -> jax.Array:
+        """This device's piece of the tokens in x [B, T, ...]."""
+        T, piece = x.shape[1], self.sequence_piece(x.shape[1])
+        return x if piece == T else jax.lax.dynamic_slice_in_dim(x, self.model_index() * piece, piece, 1)
+
+    def join_sequence(self, x: jax.Array, tokens: int) -> jax.Array:
+        """The pieces [B, T / model, ...] of `tokens` tokens put together."""
+        return x if x.shape[1] == tokens else jax.lax.all_gather(x, "model", axis=1, tiled=True)
 
     def model_index(self) -> jax.Array | int:
         """Which device along `model` this is."""

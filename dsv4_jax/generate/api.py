@@ -147,7 +147,7 @@ def logits(model: DeepseekV4, tokens, lengths=None) -> jax.Array:
     """
     tokens, lengths = _check_prompts(model, tokens, lengths)
     _check_room(model, lengths, 0)
-    shapes = Shapes.of(tokens.shape[1], 0, model.max_tokens)
+    shapes = Shapes.of(tokens.shape[1], 0, model.max_tokens, model.kernels.prefill_chunk)
     out = _score(*ready(model), *_fill_shards(model, _pad(tokens, shapes.prompt), lengths), shapes=shapes)
     return out[: len(tokens), : tokens.shape[1]]
 
@@ -272,7 +272,8 @@ class Request:
         stop = np.asarray(list(stop_ids), np.int64)
         _check_ids(model, stop, "stop_ids")
         stop = np.concatenate([stop, np.full(8 - len(stop) % 8, -2)]).astype(np.int32)
-        shapes = Shapes.of(tokens.shape[1], int(max_new_tokens), model.max_tokens)
+        sizes = (tokens.shape[1], int(max_new_tokens), model.max_tokens)
+        shapes = Shapes.of(*sizes, model.kernels.prefill_chunk)
         rows = len(tokens)
         keys = np.asarray(jax.random.key_data(row_keys(_check_seed(seed, rows), rows)))
         limit = np.full(rows, max_new_tokens, np.int32)

@@ -12,9 +12,9 @@ from dsv4_jax.cache import Cache
 from dsv4_jax.generate.alone import PIECE, continue_alone, head_alone
 from dsv4_jax.generate.sampling import Sampler
 from dsv4_jax.generate.speculative import Drafter, Drafts, choose, count_accepted, first_drafts, next_drafts
+from dsv4_jax.kernels import Kernels
 from dsv4_jax.model import DeepseekV4
 
-PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
 
 
@@ -30,16 +30,13 @@ class Shapes:
     prompt: int  # padded prompt length, a multiple of chunk
     new: int  # slots for new tokens
     capacity: int  # tokens the cache can hold
-
-    @property
-    def chunk(self) -> int:
-        return min(self.prompt, PREFILL_CHUNK)
+    chunk: int  # tokens of a prompt at a time
 
     @classmethod
-    def of(cls, prompt: int, new: int, max_tokens: int) -> Shapes:
+    def of(cls, prompt: int, new: int, max_tokens: int, chunk: int = Kernels.prefill_chunk) -> Shapes:
         """The buckets of a longest prompt and a number of new tokens that fit into `max_tokens` together."""
         prompt, slots = bucket(prompt), bucket(max(new, 1))
-        return cls(prompt, slots, min(prompt + slots, max_tokens))
+        return cls(prompt, slots, min(prompt + slots, max_tokens), min(prompt, chunk))
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +100,10 @@ def prefill(
         index, last, cache, memory = carry
         piece, count = chunks_of(tokens, lengths, index, chunk)
         start = cache.length
-        streams, cache = continue_alone(model, piece, cache, count, PIECE) if alone else model(piece, cache, count)
+        if alone:
+            streams, cache = continue_alone(model, piece, cache, count, PIECE)
+        else:
+            streams, cache = model(piece, cache, count, in_loop=model.kernels.loops_over_layers)
         at_end = jnp.take_along_axis(streams, jnp.maximum(count - 1, 0)[:, None, None, None], axis=1)[:, 0]
         ends_here = (lengths - 1) // chunk == index
         if drafter is not None:  # what follows a prompt's last token is not known yet
@@ -231,7 +231,7 @@ def score_tokens(model: DeepseekV4, tokens: jax.Array, lengths: jax.Array, shape
 
     def run_chunk(cache, index):
         piece, count = chunks_of(tokens, lengths, index, shapes.chunk)
-        streams, cache = model(piece, cache, count)
+        streams, cache = model(piece, cache, count, in_loop=model.kernels.loops_over_layers)
         return cache, model.head(streams)
 
     cache = model.init_cache(tokens.shape[0], shapes.capacity)

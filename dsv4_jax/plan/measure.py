@@ -124,7 +124,7 @@ def prefill_inputs(job: Job, model: DeepseekV4):
 
     def step(model, state):
         tokens, count, cache = state
-        streams, cache = model(tokens, cache, count)
+        streams, cache = model(tokens, cache, count, in_loop=model.kernels.loops_over_layers)
         return tokens, streams[:, -1], cache
 
     tokens = jax.ShapeDtypeStruct((job.rows, job.tokens), jnp.int32)

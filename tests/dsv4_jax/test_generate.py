@@ -9,9 +9,10 @@ import pytest
 from golden_cases import slow
 
 import dsv4_jax
-from dsv4_jax.generate import api, decode
+from dsv4_jax.generate import api
 from dsv4_jax.generate.decode import Shapes, bucket, generate_tokens
 from dsv4_jax.generate.sampling import row_keys
+from dsv4_jax.kernels import XlaKernels
 
 PROMPT = np.random.default_rng(0).integers(3, 192, (3, 23)).astype(np.int32)
 
@@ -113,11 +114,9 @@ def test_prompt_longer_than_a_chunk(small, monkeypatch):
     lengths = np.array([150, 70])
     want = greedy(small, ids, 6, lengths=lengths).tokens
     whole = np.asarray(dsv4_jax.logits(small, ids))
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", 32)
-    jax.clear_caches()
+    monkeypatch.setattr(XlaKernels, "prefill_chunk", 32)
     np.testing.assert_array_equal(greedy(small, ids, 6, lengths=lengths).tokens, want)
     np.testing.assert_allclose(np.asarray(dsv4_jax.logits(small, ids)), whole, atol=1e-3)
-    jax.clear_caches()
 
 
 def test_no_recompilation_within_a_bucket(small):
@@ -133,6 +132,7 @@ def test_buckets():
     shapes = Shapes.of(600, 30, 8192)
     assert (shapes.prompt, shapes.chunk, shapes.new, shapes.capacity) == (1024, 512, 32, 1056)
     assert Shapes.of(600, 30, 700).capacity == 700
+    assert Shapes.of(600, 30, 700, chunk=2048).chunk == 1024
 
 
 @pytest.mark.slow

@@ -45,6 +45,12 @@ def test_golden_over_a_mesh(case, devices, preset):
     assert devices == found["mesh"]["data"] * found["mesh"]["expert"] * found["mesh"]["model"]
 
 
+def test_a_long_prompt_is_also_split_by_sequence():
+    """Each device scores a piece of the tokens; the picks are those of all."""
+    found = run(2, "sequence", "wide/bf16")
+    assert found["tokens"] > 256 and found["scored"] == [256]  # of a bucket of 512
+
+
 @pytest.mark.parametrize("experts, tokens, expert, model", [slow(16, 40, 4, 2), (8, 200, 4, 1), slow(8, 40, 1, 4)])
 def test_no_token_is_dropped_at_any_imbalance(experts, tokens, expert, model):
     """Up to 64 tokens go in one round; 200 that all want the same shard need two."""
@@ -92,6 +98,11 @@ def test_presets(config, devices, preset, sizes):
 def test_axes_that_do_not_fit(sizes, says):
     with pytest.raises(ValueError, match=says):
         Parallel.over(AbstractMesh(tuple(sizes.values()), tuple(sizes)), FLASH)
+
+
+def test_pieces_of_a_sequence():
+    parallel = Parallel(model=4)
+    assert [parallel.sequence_piece(n) for n in (2048, 256, 128, 1, 1026)] == [512, 64, 128, 1, 1026]
 
 
 def test_blocks_are_not_cut():

@@ -204,7 +204,7 @@ def test_own_rows_come_from_the_main_models_streams():
     model = small()
     tokens = prompt(40)
     text = jnp.asarray(np.concatenate([tokens, dsv4_jax.generate(model, tokens, max_new_tokens=24).tokens], axis=1))
-    state, step = start_decoding(model, tokens, MtpDrafter(4), 24, Shapes(64, 32, 128))
+    state, step = start_decoding(model, tokens, MtpDrafter(4), 24, Shapes(64, 32, 128, 64))
     for _ in range(3):
         state, _ = step(state)
     cursor = int(state.cache.length[0])
@@ -241,7 +241,7 @@ def test_drafts_take_ring_slack_and_nothing_else():
     held = {}
     for drafts in (0, 4):
         drafter = MtpDrafter(drafts) if drafts else None
-        state, step = start_decoding(model, prompt(9), drafter, 9, Shapes(64, 16, 65536))
+        state, step = start_decoding(model, prompt(9), drafter, 9, Shapes(64, 16, 65536, 64))
         sizes = step(state, api._step.lower).compile().memory_analysis()
         held[drafts] = nbytes(state.cache)
         assert sizes.alias_size_in_bytes >= 0.99 * nbytes(state)

@@ -10,7 +10,7 @@ from golden_cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.experts import clamped_swiglu, expert_mlp, make_blocks
+from dsv4_jax.experts import by_counting, by_sorting, clamped_swiglu, expert_mlp, make_blocks
 from dsv4_jax.numerics import ExactNumerics
 from pallas_kernels.index_topk import pick_entries, pick_entries_xla
 from pallas_kernels.index_topk.xla import kth_largest
@@ -158,12 +158,10 @@ def test_blocks_hold_every_pair_once_and_one_expert_each(experts, rows):
 
 @pytest.mark.parametrize("high", [1, 6, 9])
 @pytest.mark.parametrize("P", [100, 1000])
-def test_pairs_are_counted_as_they_are_sorted(P, high, monkeypatch):
+def test_pairs_are_counted_as_they_are_sorted(P, high):
     """Ids past the 6 experts are in no block."""
     index = np.random.default_rng(P).integers(0, high, P).astype(np.int32)
-    want = make_blocks(jnp.asarray(index), 6, 4)
-    monkeypatch.setattr("dsv4_jax.experts.MOST_SORTED", 0)
-    got = make_blocks(jnp.asarray(index), 6, 4)
+    want, got = (make_blocks(jnp.asarray(index), 6, 4, arrange=arrange) for arrange in (by_sorting, by_counting))
     np.testing.assert_array_equal(got.pair, want.pair)
     np.testing.assert_array_equal(got.expert, want.expert)
     np.testing.assert_array_equal(got.slot[index < 6], want.slot[index < 6])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import dsv4_jax
 from checkpoints.source import open_source
 from dsv4_jax.dispatch import capacity, run_experts
 from dsv4_jax.generate.alone import PIECE, continue_alone, head_alone
+from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.sharding import Parallel, make_mesh, named_mesh, parse_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -36,6 +38,30 @@ def golden(case: str, mesh: str) -> dict:
     error = np.abs(np.asarray(dsv4_jax.logits(model, forward["input_ids"])) - forward["logits"]).max()
     assert error < 5e-3
     return {"mesh": dict(axes.shape), "error": float(error)}
+
+
+@dataclass(frozen=True)
+class WatchedKernels(XlaKernels):
+    """Notes how many queries are scored at a time."""
+
+    def pick_entries(self, q, weights, keys, visible, *, top_k):
+        scored.append(q.shape[1])
+        return super().pick_entries(q, weights, keys, visible, top_k=top_k)
+
+
+scored: list[int] = []
+
+
+def sequence(case: str) -> dict:
+    """Logits of a prompt whose indexer's queries are split over `model`: those of the golden data."""
+    path = GOLDEN / case
+    mesh = parse_mesh(f"model={len(jax.devices())}", open_source(path).config)
+    options = {"max_tokens": 512, "dtype": jnp.float32, "numerics": "exact"}
+    model = checkpoints.load(path, mesh=mesh, kernels=WatchedKernels(), **options)
+    forward = np.load(f"{path}.forward.npz")
+    error = np.abs(np.asarray(dsv4_jax.logits(model, forward["input_ids"])) - forward["logits"]).max()
+    assert error < 5e-3
+    return {"tokens": forward["input_ids"].shape[1], "scored": sorted(set(scored)), "error": float(error)}
 
 
 def dispatch(experts: int, tokens: int, expert: int, model: int) -> dict:
