@@ -17,6 +17,8 @@ import jax
 from jax.experimental import compute_on as _compute_on
 from jax.extend import core
 
+from dsv4_jax.sharding import AXES
+
 State = TypeVar("State")
 compute_on: Any = getattr(_compute_on, "compute_on2", _compute_on.compute_on)  # its name in jax 0.10, and after
 CALLS = {  # primitives that call a function of their own -> the parameter that holds it
@@ -44,7 +46,10 @@ class AsyncSchedule:
     in_flight: int = 2
 
     def fork(self, main: Callable[[], Any], *branches: Callable[[], Any], lane: int = 1) -> tuple[Any, ...]:
-        """(main(), *branches results); branch i may run on lane `lane` + i while main runs."""
+        """(main(), *branches results); branch i may run on lane `lane` + i while main runs.
+
+        What XLA cannot place stays off the streams: collectives, which have one of their own, and loops over slices.
+        """
         if not (branches and self.lanes and self.streams):
             return (main(), *(branch() for branch in branches))
         regions = [Region.of(function) for function in (main, *branches)]
@@ -52,7 +57,8 @@ class AsyncSchedule:
         # fork have the same ones, but for those that a region may overwrite: those nobody else may hold.
         shared = {id(x): x for region in regions for x in region.operands if not region.may_overwrite(x)}
         lanes = [0, *(1 + (lane - 1 + i) % self.lanes for i in range(len(branches)))]
-        return tuple(region.run(stream, [*shared.values()]) for region, stream in zip(regions, lanes, strict=True))
+        run = lambda region, stream: region.run_here() if region.stays else region.run(stream, [*shared.values()])
+        return tuple(run(region, stream) for region, stream in zip(regions, lanes, strict=True))
 
     def run(self, step: Callable[[State], tuple[State, Any]], state: State, steps: int) -> Iterator[Any]:
         """Yield the host copies of what each of `steps` calls of `step` gives back, `in_flight` calls late."""
@@ -83,6 +89,15 @@ class Region:
     def of(cls, function: Callable[[], Any]) -> Region:
         closed, results = jax.make_jaxpr(function, return_shape=True)()
         return cls(closed.jaxpr, closed.consts, results)
+
+    @property
+    def stays(self) -> bool:
+        """Whether anything in it names an axis of the mesh, or is a scan, whose slices JAX makes by calls."""
+        return any(getattr(effect, "name", None) in AXES for effect in self.program.effects) or _slices(self.program)
+
+    def run_here(self) -> Any:
+        """The results, computed on no stream in particular."""
+        return jax.tree.unflatten(jax.tree.structure(self.results), _evaluate(self.program, self.operands, ()))
 
     def may_overwrite(self, operand: jax.Array) -> bool:
         """Whether a result is like it: a cache that is given back is written in place."""
@@ -122,6 +137,19 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
             outputs = bound if eqn.primitive.multiple_results else [bound]
         values |= zip(eqn.outvars, outputs, strict=True)
     return [read(var) for var in jaxpr.outvars]
+
+
+def _slices(jaxpr: core.Jaxpr) -> bool:
+    """Whether there is a scan over slices in it, outside kernels."""
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "scan" and len(eqn.invars) + len(eqn.outvars) > params["num_consts"] + 2 * params["num_carry"]:
+            return True
+        if name in CALLS or name in HOLD_PROGRAMS:
+            held = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, core.ClosedJaxpr))
+            if any(_slices(x.jaxpr) for x in held if isinstance(x, core.ClosedJaxpr)):
+                return True
+    return False
 
 
 def _rewritten(parameter: Any) -> Any:

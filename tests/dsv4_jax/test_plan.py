@@ -108,3 +108,15 @@ def test_a_slice_is_compiled_for():
     assert found.fits, found.errors
     assert found.decode["collectives"]["all-to-all"]["count"] >= 4 * 4
     assert found.decode["temporaries"] < 0.03 * found.hbm
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(not aot.available("cuda"), reason="needs XLA's compiler for CUDA: pip install 'dsv4-jax[aot]'")
+@pytest.mark.parametrize("mesh", ["expert=8", "expert=2,model=4"])
+def test_a_gpu_node_is_compiled_for(mesh):
+    """Lanes are streams there, and XLA places neither collectives nor scans on them."""
+    fields = with_layers(PRESETS["flash"], 4) | {"n_routed_experts": 32}
+    found = planning.plan(fields, parse_topology("H200x8"), mesh=mesh, batch=8, context=8192, prefill_tokens=512)
+    assert found.fits, found.errors
+    assert found.decode["collectives"]["all-to-all"]["count"] >= 4 * 4
+    assert found.prefill["collectives"]["all-to-all"]["count"] >= 4 * 4

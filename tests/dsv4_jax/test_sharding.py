@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden_cases import FULL, QUICK_XLA, slow
+from golden_cases import FULL, GOLDEN, QUICK_XLA, case_name, greedy_checkpoints, slow
 from jax.sharding import AbstractMesh
 
 from checkpoints.synth import synth, with_layers
@@ -20,12 +20,12 @@ from dsv4_jax.sharding import RULES, Parallel, mesh_sizes, sizes_of
 ROOT = Path(__file__).parents[2]
 FLASH, PRO = (ModelConfig.from_dict(PRESETS[name]) for name in ("flash", "pro"))
 ALL = [
-    (f"{case}", devices, preset)
-    for case in ("calm/fp8", "calm/fp8base", "tiny/bf16", "tiny/fp8", "wide/bf16", "yarn/fp8")
+    pytest.param(path, devices, preset, id=f"{case_name(path)}-{devices}-{preset}")
+    for path in greedy_checkpoints()
     for devices in (1, 2, 4, 8)
     for preset in ("latency", "throughput")
 ]
-FEW = [slow("calm/fp8", 8, "throughput"), slow("wide/bf16", 4, "latency")]
+FEW = [slow(GOLDEN / "calm/fp8", 8, "throughput"), slow(GOLDEN / "wide/bf16", 4, "latency")]
 CASES = ALL if FULL else FEW
 
 
@@ -39,9 +39,9 @@ def run(devices: int, *arguments) -> dict:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case, devices, preset", CASES)
-def test_golden_over_a_mesh(case, devices, preset):
-    found = run(devices, "golden", case, preset)
+@pytest.mark.parametrize("path, devices, preset", CASES)
+def test_golden_over_a_mesh(path, devices, preset):
+    found = run(devices, "golden", path, preset)
     assert devices == found["mesh"]["data"] * found["mesh"]["expert"] * found["mesh"]["model"]
 
 
@@ -59,8 +59,9 @@ def test_no_token_is_dropped_at_any_imbalance(experts, tokens, expert, model):
 
 
 @pytest.mark.slow
-def test_deterministic_mode_gives_the_same_bits():
-    assert run(4, "same_bits", "calm/fp8")["agrees_with_the_usual_mode"] > 0.9
+@pytest.mark.parametrize("batch", [4, 64] if FULL else [4])
+def test_deterministic_mode_gives_the_same_bits(batch):
+    assert run(4, "same_bits", "calm/fp8", batch)["agrees_with_the_usual_mode"] > 0.9
 
 
 @pytest.mark.slow

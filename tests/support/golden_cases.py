@@ -43,6 +43,11 @@ def case_name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
+def greedy_checkpoints() -> list[Path]:
+    """Those with greedy tokens."""
+    return [path for path in golden_checkpoints() if path.with_name(f"{path.name}.greedy.npz").exists()]
+
+
 def expected(path: Path, what: str):
     """The outputs `what` for a checkpoint: <case>/<flavour>.<what>.npz."""
     return np.load(path.with_name(f"{path.name}.{what}.npz"))

@@ -96,15 +96,15 @@ def dispatch(experts: int, tokens: int, expert: int, model: int) -> dict:
     return {"error": worst, "room": capacity(tokens, choices, expert), "tokens": tokens}
 
 
-def same_bits(case: str) -> dict:
-    """The deterministic mode: logits of a row alone, in a batch of four, and over four data shards, to the bit."""
+def same_bits(case: str, batch: int) -> dict:
+    """The deterministic mode: logits of a row alone, in a batch, and over four data shards, to the bit."""
     config = open_source(GOLDEN / case).config
     load = partial(checkpoints.load, GOLDEN / case, max_tokens=64, dtype=jnp.float32, numerics="exact")
     alone = load(mesh=named_mesh({}, jax.devices()[:1]))
     spread = load(mesh=named_mesh({"data": 4}, jax.devices()))
     rng = np.random.default_rng(1)
-    tokens = rng.integers(1, config.vocab_size, (4, 16)).astype(np.int32)
-    lengths = np.array([16, 5, 1, 12], np.int32)
+    tokens = rng.integers(1, config.vocab_size, (batch, 16)).astype(np.int32)
+    lengths = np.resize(np.array([16, 5, 1, 12], np.int32), batch)
 
     def score(model, tokens, lengths):
         cache = model.init_cache(len(tokens))
@@ -121,11 +121,13 @@ def same_bits(case: str) -> dict:
 
     whole = over(alone, slice(None))
     assert (over(spread, slice(None)) == whole).all()
-    for row in (0, 2):
+    for row in (0, 2, batch - 1):
         assert (over(alone, slice(row, row + 1)) == whole[row : row + 1]).all(), row
     generate = partial(dsv4_jax.generate, lengths=lengths, max_new_tokens=8, deterministic=True)
     texts = [generate(m, tokens, drafts=k).tokens.tolist() for m, k in ((alone, 0), (spread, 2))]
     assert texts[0] == texts[1]
+    one = dsv4_jax.generate(alone, tokens[-1:], lengths=lengths[-1:], max_new_tokens=8, deterministic=True)
+    assert one.tokens.tolist() == texts[0][-1:]
     plain = dsv4_jax.generate(alone, tokens, lengths=lengths, max_new_tokens=8).tokens
     return {"agrees_with_the_usual_mode": float((plain == texts[0]).mean())}
 
