@@ -40,7 +40,7 @@ def same(model, tokens, drafts: int, **request) -> api.Generation:
 
 
 GREEDY = [(path, drafts) for path in (TINY, CALM, GOLDEN / "calm" / "fp8base") for drafts in (1, 2, 4)]
-CHECKED = GREEDY if FULL else [(TINY, 4), (CALM, 1), *GREEDY[-3:]]
+CHECKED = GREEDY if FULL else [(TINY, 4), (CALM, 1), GREEDY[-2]]
 
 
 def named(path, drafts: int):
@@ -65,9 +65,9 @@ def test_every_edge_of_the_compression_windows(length):
 @pytest.mark.parametrize("drafts", [1, 3, 8] if FULL else [3])
 def test_uneven_rows_stops_and_budgets(drafts):
     model, tokens, lengths = small(), prompt(24, rows=4), [24, 3, 17, 9]
-    plain = dsv4_jax.generate(model, tokens, lengths=lengths, max_new_tokens=20)
+    plain = dsv4_jax.generate(model, tokens, lengths=lengths, max_new_tokens=16)
     stop = [int(plain.tokens[0, 5]), int(plain.tokens[2, 11])]
-    for new in (1, 2, 7, 20):
+    for new in (1, 2, 7, 16):
         got = same(model, tokens, drafts, lengths=lengths, max_new_tokens=new, stop_ids=stop)
         assert got.lengths.max() <= new
 
@@ -76,7 +76,7 @@ def test_uneven_rows_stops_and_budgets(drafts):
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 140), min_size=2, max_size=2),
-    drafts=st.sampled_from([1, 2, 4]),
+    drafts=st.sampled_from([1, 2, 4] if FULL else [2]),
     seed=st.integers(0, 5),
 )
 def test_any_prompts(lengths, drafts, seed):
@@ -137,10 +137,10 @@ def test_one_or_several_mtp_layers(layers):
 
 
 @pytest.mark.slow
-def test_bf16_and_8_bit_caches():
-    for cache_dtype in (jnp.bfloat16, "fp8"):
-        model = checkpoints.load(CALM, max_tokens=256, dtype=jnp.float32, numerics="exact", cache_dtype=cache_dtype)
-        same(model, expected(CALM, "greedy")["prompt_ids"], 2, max_new_tokens=24)
+@pytest.mark.parametrize("cache_dtype", [jnp.bfloat16, "fp8"] if FULL else ["fp8"])
+def test_caches_of_fewer_bits(cache_dtype):
+    model = checkpoints.load(CALM, max_tokens=256, dtype=jnp.float32, numerics="exact", cache_dtype=cache_dtype)
+    same(model, expected(CALM, "greedy")["prompt_ids"], 2, max_new_tokens=24)
 
 
 @pytest.mark.slow
@@ -156,10 +156,13 @@ def test_stream_gives_what_generate_gives(drafts):
     assert rows == want.tokens.tolist()
 
 
+SAMPLERS = (Sample(temperature=1.3, top_p=0.9), Sample(temperature=0.8), Sample(top_k=5))
+
+
 @pytest.mark.slow
-def test_sampled_tokens_are_those_without_drafts():
-    for sampler in (Sample(temperature=0.8), Sample(temperature=1.3, top_p=0.9), Sample(top_k=5)):
-        same(small(), prompt(12, rows=3), 3, max_new_tokens=20, sampler=sampler, seed=11)
+@pytest.mark.parametrize("sampler", SAMPLERS if FULL else SAMPLERS[:1])
+def test_sampled_tokens_are_those_without_drafts(sampler):
+    same(small(), prompt(12, rows=3), 3, max_new_tokens=20, sampler=sampler, seed=11)
 
 
 @pytest.mark.slow
