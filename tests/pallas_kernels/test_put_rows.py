@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.layout import Format, Layout
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import aot
 from pallas_kernels.chips import TPUS, chip
 from pallas_kernels.kv_rows import quantize_rows
 from pallas_kernels.put_rows import put_rows, put_rows_tpu
+from pallas_kernels.put_rows.tpu import TILE, WHOLE
 
 
 def operands(B: int, S: int, K: int, start, count):
@@ -37,7 +39,8 @@ def operands(B: int, S: int, K: int, start, count):
 def test_rows_are_put_where_they_belong(S, K, start, count):
     held, rows, index = operands(3, S, K, start, count)
     want = put_rows(held, rows, index)
-    got = put_rows_tpu(held, rows, index, chip=chip("v6e"), interpret=True)
+    strict = S <= WHOLE or S % TILE == 0  # which cannot alias an output whose last tile is cut
+    got = put_rows_tpu(held, rows, index, chip=chip("v6e"), interpret=pltpu.InterpretParams() if strict else True)
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
