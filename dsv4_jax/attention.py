@@ -67,7 +67,7 @@ class Attention(nnx.Module, abc.ABC):
         )
         compress = self.compress(inputs, latent, rotation, rope, cache, step)
         query, *compressed = fork(lambda: self._query(latent, rotation), *compress)
-        window, ring = extend_window(cache.window, kv, step, self.window)
+        window, ring = extend_window(cache.window, kv, step, self.window, self.kernels.put_rows)
         entries, picks, cache = self.gather(compressed, cache, step)
         query, sinks = self._pad_heads(query)
         out = self.kernels.sparse_mla(query, step.positions, window, entries, picks, sinks, scale=self.dim**-0.5)
@@ -150,7 +150,8 @@ class HcaAttention(Attention):
         return (lambda: self.compressor.project(x, step),)
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
-        return (lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._rounded),)
+        put = self.kernels.put_rows
+        return (lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._rounded, put),)
 
     def gather(self, compressed, cache, step):
         picks = FirstN(visible_entries(step, self.ratio))
@@ -182,7 +183,7 @@ class CsaAttention(Attention):
         main, weights, keys = inputs
         return (
             lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step),
-            lambda: self.compressor(main, rope, cache.compressor, step, self._rounded),
+            lambda: self.compressor(main, rope, cache.compressor, step, self._rounded, self.kernels.put_rows),
         )
 
     def gather(self, compressed, cache, step):

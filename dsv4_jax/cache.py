@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from dsv4_jax.config import CSA, HCA, SLIDING, LayerSpec, ModelConfig
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, quantize_fp4, quantize_fp8
 from pallas_kernels.formats import decode_e8m0
 from pallas_kernels.kv_rows import Fp8Rows, Rows, empty_rows, quantize_rows
+from pallas_kernels.put_rows import put_rows
 from pallas_kernels.sparse_mla import Window
 
 SMALL_STEP = 16  # up to this many rows a ring is written row by row, in place; more rewrite the ring in one pass
@@ -46,6 +48,7 @@ class CacheFormat:
 
 
 StoredRows = jax.Array | Fp8Rows | QuantizedArray  # [B, S, D], however it is held
+Put = Callable[[Any, Any, jax.Array], Any]  # see `put_rows`
 
 
 def as_stored(rows: jax.Array, like: StoredRows) -> StoredRows:
@@ -172,17 +175,19 @@ def cache_bytes(config: ModelConfig, form: CacheFormat, *, drafts: int = 0) -> C
     return CacheBytes(windows, state, per_token_of, dict(layers))
 
 
-def write_ring(ring: StoredRows, rows: StoredRows, step: Step):
-    """Put the real rows of [B, T, W], held as the ring's, into ring [B, S, W]: position p in slot p % S."""
+def write_ring(ring: Any, rows: Any, step: Step, put: Put = put_rows):
+    """Put the real rows of [B, T, W], held as the ring's, into ring [B, S, W]: position p in slot p % S.
+
+    Ring and rows may be trees of such arrays; `put` is a platform's `put_rows`.
+    """
+    slots, T = jax.tree.leaves(ring)[0].shape[1], step.tokens.shape[1]
+    if T <= min(SMALL_STEP, slots):
+        return put(ring, rows, jnp.where(step.real, step.positions % slots, slots))  # out of range = dropped
     return jax.tree.map(lambda old, new: _write_ring(old, new, step), ring, rows)
 
 
 def _write_ring(ring: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
     slots, T = ring.shape[1], rows.shape[1]
-    if T <= min(SMALL_STEP, slots):
-        real = jnp.arange(T) < step.count[:, None]
-        slot = jnp.where(real, step.positions % slots, slots)  # out of range = dropped
-        return jax.vmap(lambda r, x, s: r.at[s].set(x, mode="drop"))(ring, rows, slot)
     newest = step.end[:, None] - 1
     held = newest - (newest - jnp.arange(slots)) % slots  # the newest position of each slot once this step is written
     index = jnp.clip(held - step.start[:, None], 0, T - 1)
@@ -202,11 +207,11 @@ def _read_rows(ring: jax.Array, rows: jax.Array, step: Step, positions: jax.Arra
     return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(jnp.concatenate([ring, rows], 1), index)
 
 
-def extend_window(ring: Rows, rows: jax.Array, step: Step, size: int) -> tuple[Window, Rows]:
+def extend_window(ring: Rows, rows: jax.Array, step: Step, size: int, put: Put = put_rows) -> tuple[Window, Rows]:
     """What this step's queries can see of the window, with its wide rows [B, T, D], and the ring after the step."""
     slots, T = ring.shape[1], rows.shape[1]
     stored = as_stored(rows, ring)
-    written = write_ring(ring, stored, step)
+    written = write_ring(ring, stored, step, put)
     if T <= slots - size + 1:  # the ring still holds everything the first query needs
         newest = step.end[:, None] - 1
         held = newest - (newest - jnp.arange(slots)) % slots
@@ -217,9 +222,9 @@ def extend_window(ring: Rows, rows: jax.Array, step: Step, size: int) -> tuple[W
     return Window(band, jnp.concatenate([before, step.positions], axis=1), size, is_band=True), written
 
 
-def write_entries(entries: StoredRows, fresh: jax.Array, first: jax.Array, complete: jax.Array) -> StoredRows:
+def write_entries(
+    entries: StoredRows, fresh: jax.Array, first: jax.Array, complete: jax.Array, put: Put = put_rows
+) -> StoredRows:
     """Put the complete ones of wide fresh [B, E, d] at indices first .. first + E - 1 of entries [B, N, d]."""
     index = first[:, None] + jnp.arange(fresh.shape[1])
-    index = jnp.where(complete, index, entries.shape[1] + jnp.arange(fresh.shape[1]))  # out of range = dropped
-    put = lambda e, x, i: e.at[i].set(x, mode="drop", unique_indices=True)
-    return jax.tree.map(lambda e, x: jax.vmap(put)(e, x, index), entries, as_stored(fresh, entries))
+    return put(entries, as_stored(fresh, entries), jnp.where(complete, index, entries.shape[1]))  # the rest is dropped

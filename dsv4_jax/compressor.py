@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax.cache import CompressorCache, Step, read_rows, write_entries, write_ring
+from dsv4_jax.cache import CompressorCache, Put, Step, read_rows, write_entries, write_ring
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.rope import RopeTable, apply_rope
+from pallas_kernels.put_rows import put_rows
 
 Projected = tuple[jax.Array, jax.Array]  # kv and gate (with its position bias) of this step's tokens
 
@@ -43,8 +44,12 @@ class Compressor(nnx.Module):
         cache: CompressorCache,
         step: Step,
         rounded: Callable[[jax.Array], jax.Array],
+        put: Put = put_rows,
     ) -> CompressorCache:
-        """What `project` gave -> the cache with these rows and every entry that they complete, `rounded` last."""
+        """What `project` gave -> the cache with these rows and every entry that they complete, `rounded` last.
+
+        put: how the platform writes rows.
+        """
         kv, gate = projected
         first = step.start // self.ratio
         index = first[:, None] + jnp.arange(math.ceil(kv.shape[1] / self.ratio), dtype=jnp.int32)
@@ -55,8 +60,8 @@ class Compressor(nnx.Module):
             fresh = jax.lax.cond(complete.any(), pool, lambda: blank)
         else:
             fresh = pool()
-        entries = write_entries(cache.entries, fresh, first, complete)
-        return CompressorCache(write_ring(cache.kv, kv, step), write_ring(cache.gate, gate, step), entries)
+        entries = write_entries(cache.entries, fresh, first, complete, put)
+        return CompressorCache(*write_ring((cache.kv, cache.gate), (kv, gate), step, put), entries)
 
     def _pool(self, kv, gate, index, rope: RopeTable, cache: CompressorCache, step: Step) -> jax.Array:
         """Entries `index` [B, E] -> [B, E, dim], normed and rotated at the first position of their own window."""

@@ -54,7 +54,7 @@ class Indexer(nnx.Module):
 
         -> the entries each query picks, and the cache.
         """
-        cache = self.compressor(projected, rope, cache, step, self.numerics.index)
+        cache = self.compressor(projected, rope, cache, step, self.numerics.index, self.kernels.put_rows)
         visible = visible_entries(step, self.ratio)
         if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
             return FirstN(visible), cache

@@ -31,6 +31,8 @@ from pallas_kernels.hyper_connection import expand as plain_expand
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.index_topk.tpu import index_topk_tpu
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS
+from pallas_kernels.put_rows import put_rows, put_rows_tpu
+from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
 
@@ -70,6 +72,10 @@ class AttentionKernels(abc.ABC):
     @abc.abstractmethod
     def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
         """See `pallas_kernels.sparse_mla.reference.sparse_mla`."""
+
+    @abc.abstractmethod
+    def put_rows(self, held, rows, index: jax.Array):
+        """See `pallas_kernels.put_rows.reference.put_rows`."""
 
     @abc.abstractmethod
     def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
@@ -122,6 +128,9 @@ class XlaKernels(Kernels):
 
     def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
         return sparse_mla_xla(q, positions, window, entries, picks, sinks, scale=scale)
+
+    def put_rows(self, held, rows, index: jax.Array):
+        return put_rows(held, rows, index)
 
     def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
         keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys
@@ -193,6 +202,12 @@ class TpuKernels(XlaKernels):
         kernel = functools.partial(sparse_mla_tpu, scale=scale, **self._options)
         plain = functools.partial(sparse_mla_xla, scale=scale)
         return differentiable(kernel, plain, q, positions, window, entries, picks, sinks)
+
+    def put_rows(self, held, rows, index: jax.Array):
+        is_narrow = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(held))
+        if not is_narrow or index.shape[1] > MOST_PUT:
+            return put_rows(held, rows, index)
+        return put_rows_tpu(held, rows, index, **self._options)
 
     def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
         if isinstance(keys, QuantizedArray) and keys.packed:

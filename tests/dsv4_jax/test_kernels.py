@@ -59,6 +59,25 @@ def test_golden_logits_and_tokens_on_the_tpu_kernels():
 
 
 @pytest.mark.slow
+def test_an_8_bit_cache_on_the_tpu_kernels():
+    """Rows are written by a kernel then; the text is the portable strategy's."""
+    prompt = expected(CALM, "greedy")["prompt_ids"][:, :20]
+    load = lambda kernels: load_model(CALM, kernels=kernels, max_tokens=64, cache_dtype="fp8")
+    want, got = (dsv4_jax.generate(load(name), prompt, max_new_tokens=9) for name in ("xla", "tpu-interpret"))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+def test_a_step_writes_8_bit_rows_in_place():
+    fields = PRESETS["flash"] | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1}
+    config, kernels = ModelConfig.from_dict(fields), TpuKernels(chip("v6e"))
+    model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=16384, kernels=kernels, cache_dtype="fp8"))
+    cache = jax.eval_shape(lambda: model.init_cache(2))
+    tokens, count = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    program = str(jax.make_jaxpr(lambda model, *args: model(*args))(model, tokens, cache, count))
+    assert program.count("name=put_rows") == 3 + 2 + 1  # windows, entries, index keys
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 512], ids=["decode", "prefill"])
 @pytest.mark.parametrize("name", TPUS)
 def test_the_step_calls_the_kernel_in_every_kind_of_layer(name, T):
