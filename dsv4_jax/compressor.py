@@ -61,7 +61,8 @@ class Compressor(nnx.Module):
         else:
             fresh = pool()
         entries = write_entries(cache.entries, fresh, first, complete, put)
-        return CompressorCache(*write_ring((cache.kv, cache.gate), (kv, gate), step, put), entries)
+        kv, gate = write_ring((cache.kv, cache.gate), (kv, gate), step, put)
+        return CompressorCache(kv, gate, entries)
 
     def _pool(self, kv, gate, index, rope: RopeTable, cache: CompressorCache, step: Step) -> jax.Array:
         """Entries `index` [B, E] -> [B, E, dim], normed and rotated at the first position of their own window."""

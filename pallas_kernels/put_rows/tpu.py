@@ -83,7 +83,7 @@ def put_rows_tpu(
 
 def _blocks(index: jax.Array, held: int, size: int) -> jax.Array:
     """The block of each row; a dropped one stays at the block before it."""
-    block, columns = jnp.where(index < held, index // size, -1), []
+    block, columns = jnp.where(index < held, index // size, -1), list[jax.Array]()
     for k in range(index.shape[1]):
         columns.append(block[:, k] if k == 0 else jnp.where(block[:, k] < 0, columns[-1], block[:, k]))
     return jnp.maximum(jnp.stack(columns, axis=1), 0)
