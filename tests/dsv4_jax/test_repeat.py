@@ -58,6 +58,7 @@ def deep(turns: int, kernels, **options) -> DeepseekV4:
     return DeepseekV4(ModelConfig.from_dict(fields), max_tokens=256, kernels=kernels, **options)
 
 
+@pytest.mark.slow
 def test_a_loop_gives_what_written_out_layers_give(monkeypatch):
     """Two chunks, rows of unequal length: streams, logits, and the whole cache."""
     model = random_weights(lambda: deep(4, XlaKernels(), dtype=jnp.float32), seed=1)
@@ -74,6 +75,7 @@ def test_a_loop_gives_what_written_out_layers_give(monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_tpus_prefill_does_not_grow_with_layers_and_its_decode_has_no_loop():
     def calls(turns: int, tokens: int) -> int:
         model = jax.eval_shape(lambda: deep(turns, TpuKernels(chip("v6e"))))

@@ -45,6 +45,7 @@ def test_golden_over_a_mesh(path, devices, preset):
     assert devices == found["mesh"]["data"] * found["mesh"]["expert"] * found["mesh"]["model"]
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_also_split_by_sequence():
     """Each device scores a piece of the tokens; the picks are those of all."""
     found = run(2, "sequence", "wide/bf16")
