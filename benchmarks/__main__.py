@@ -25,6 +25,7 @@ BENCHMARKS = {
     "demo": ("benchmarks.demo", "the bundled checkpoint on unseen text, against a 5-gram model; needs the extra train"),
     "compile": ("benchmarks.compile_time", "tracing and lowering a decode step of 8 layers and of 43"),
     "slices": ("benchmarks.slices", "the smallest slices that serve Flash and Pro, their steps compiled for them"),
+    "step": ("benchmarks.step", "a decode step on TPUs that are not there, part by part, beside what memory allows"),
     "startup": ("benchmarks.startup", "seconds to an import and to the first token; what Python costs a step"),
     "long": ("benchmarks.long_context", "a decode step and the memory of a prefill at 65,536 tokens on this CPU"),
     "conversion": ("benchmarks.conversion", "dsv4 convert: memory, and throughput against cp -r of the same files"),

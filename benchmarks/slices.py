@@ -1,6 +1,6 @@
 """The smallest TPU slices, and the GPU node, that serve the published models: their real steps, compiled for them.
 
-One sequence a shard. Compiling takes some ten minutes and some 6 GiB a step, so what has been measured is kept in
+One sequence a shard. Compiling takes some ten minutes and up to 5 GiB a step, so what has been measured is kept in
 --work, and a run that was interrupted goes on from there.
 """
 

@@ -184,6 +184,9 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
     grow = lambda few, more: few + (config.num_hidden_layers - 3) / 2 * (more - few)
     whole = lambda counts: {part: grow(*(c[part] for c in counts)) for part in (*PARTS.values(), REST)}
     static = whole([cycles_by_part(report) for report in reports])
+    missing = [part for part, cycles in static.items() if not cycles]
+    if missing:
+        return {"model": model, "slice": place, "error": f"the profiler gave no cycles for {', '.join(missing)}"}
     least = whole([part_bytes(target, one, share) for one in arguments])
     parts = {
         part: {

@@ -207,7 +207,7 @@ class TpuKernels(XlaKernels):
         is_narrow = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(held))
         if not is_narrow or index.shape[1] > MOST_PUT:
             return put_rows(held, rows, index)
-        return put_rows_tpu(held, rows, index, **self._options)
+        return differentiable(functools.partial(put_rows_tpu, **self._options), put_rows, held, rows, index)
 
     def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
         if isinstance(keys, QuantizedArray) and keys.packed:

@@ -41,13 +41,12 @@ def longest_run(kinds: Sequence[Hashable]) -> Run:
     """The run that spares most layers; NO_RUN where none has FEWEST_TURNS."""
     best = NO_RUN
     for period in range(1, len(kinds) // FEWEST_TURNS + 1):
-        for first in range(period):
-            for start in range(first, len(kinds) - period, period):
-                one, turns = kinds[start : start + period], 1
-                while kinds[start + turns * period : start + (turns + 1) * period] == one:
-                    turns += 1
-                if turns >= FEWEST_TURNS and (turns - 1) * period > (best.turns - 1) * best.period:
-                    best = Run(start, period, turns)
+        for start in range(len(kinds)):
+            one, turns = kinds[start : start + period], 1
+            while kinds[start + turns * period : start + (turns + 1) * period] == one:
+                turns += 1
+            if turns >= FEWEST_TURNS and (turns - 1) * period > (best.turns - 1) * best.period:
+                best = Run(start, period, turns)
     return best
 
 
