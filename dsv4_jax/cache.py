@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.config import CSA, HCA, SLIDING, LayerSpec, ModelConfig
-from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, quantize_fp4, quantize_fp8
+from dsv4_jax.quantized import QuantizedArray, quantize_fp8
 from pallas_kernels.formats import decode_e8m0
+from pallas_kernels.index_rows import Fp4Rows, empty_index_rows, quantize_index_rows
 from pallas_kernels.kv_rows import Fp8Rows, Rows, empty_rows, quantize_rows
 from pallas_kernels.put_rows import put_rows
 from pallas_kernels.sparse_mla import Window
@@ -39,15 +39,14 @@ class CacheFormat:
     def empty_keys(self, shape: tuple[int, ...]) -> StoredRows:
         if self.dtype != "fp8":
             return jnp.zeros(shape, self.dtype)
-        *lead, dim = shape
         if self.index == "fp4":
-            scale = jnp.zeros((*lead, math.ceil(dim / FP4_BLOCK[1])), jnp.uint8)
-            return QuantizedArray(jnp.zeros((*lead, dim // 2), jnp.uint8), scale, FP4_BLOCK, packed=True)
+            return empty_index_rows(shape)
+        *lead, dim = shape
         scale = jnp.zeros((*lead, 1), jnp.float32)
         return QuantizedArray(jnp.zeros(shape, jnp.float8_e4m3fn), scale, (1, dim))
 
 
-StoredRows = jax.Array | Fp8Rows | QuantizedArray  # [B, S, D], however it is held
+StoredRows = jax.Array | Fp8Rows | Fp4Rows | QuantizedArray  # [B, S, D], however it is held
 Put = Callable[[Any, Any, jax.Array], Any]  # see `put_rows`
 
 
@@ -55,10 +54,10 @@ def as_stored(rows: jax.Array, like: StoredRows) -> StoredRows:
     """Wide rows [B, T, D] in the form in which `like` holds its own."""
     if isinstance(like, Fp8Rows):
         return quantize_rows(rows, like.rope.shape[-1])
+    if isinstance(like, Fp4Rows):
+        return quantize_index_rows(rows)
     if not isinstance(like, QuantizedArray):
         return rows.astype(like.dtype)
-    if like.packed:
-        return quantize_fp4(rows)
     coded = quantize_fp8(rows, like.block)
     assert coded.scale is not None
     return QuantizedArray(coded.data, decode_e8m0(coded.scale), like.block)

@@ -12,7 +12,7 @@ from flax import nnx
 from dsv4_jax.cache import CompressorCache, Put, Step, read_rows, write_entries, write_ring
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.linear import RMSNorm, matmul
-from dsv4_jax.rope import RopeTable, apply_rope
+from dsv4_jax.rope import RopeTable, Rotation, apply_rope
 from pallas_kernels.put_rows import put_rows
 
 Projected = tuple[jax.Array, jax.Array]  # kv and gate (with its position bias) of this step's tokens
@@ -54,7 +54,9 @@ class Compressor(nnx.Module):
         first = step.start // self.ratio
         index = first[:, None] + jnp.arange(math.ceil(kv.shape[1] / self.ratio), dtype=jnp.int32)
         complete = (index + 1) * self.ratio <= step.end[:, None]
-        pool = lambda: rounded(self._pool(kv, gate, index, rope, cache, step))
+        # Read out here, barred from moving: a table that goes into a branch is copied there, on TPU.
+        rotation = jax.lax.optimization_barrier(rope(index * self.ratio))
+        pool = lambda: rounded(self._pool(kv, gate, index, rotation, cache, step))
         if kv.shape[1] < self.ratio:  # most steps complete nothing
             blank = jnp.zeros((*index.shape, self.dim), self.dtype)
             fresh = jax.lax.cond(complete.any(), pool, lambda: blank)
@@ -64,7 +66,7 @@ class Compressor(nnx.Module):
         kv, gate = write_ring((cache.kv, cache.gate), (kv, gate), step, put)
         return CompressorCache(kv, gate, entries)
 
-    def _pool(self, kv, gate, index, rope: RopeTable, cache: CompressorCache, step: Step) -> jax.Array:
+    def _pool(self, kv, gate, index, rotation: Rotation, cache: CompressorCache, step: Step) -> jax.Array:
         """Entries `index` [B, E] -> [B, E, dim], normed and rotated at the first position of their own window."""
         first = index * self.ratio
         rows, gates = (self._window_rows(ring, new, first, step) for ring, new in ((cache.kv, kv), (cache.gate, gate)))
@@ -73,7 +75,7 @@ class Compressor(nnx.Module):
             gates = jnp.where(absent[..., None], -jnp.inf, gates)
         pooled = jnp.sum(jax.nn.softmax(gates, axis=2) * rows, axis=2)
         entry = self.kv_norm(pooled.astype(self.dtype))
-        return apply_rope(entry, rope(first))
+        return apply_rope(entry, rotation)
 
     def _window_rows(self, ring, new, first, step: Step) -> jax.Array:
         """[B, E, rows, dim] of one per-token quantity: the window before (its first half of channels), then the own."""

@@ -18,7 +18,7 @@ from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, multiply_blocks
 from dsv4_jax.gradients import differentiable
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.quantized import QuantizedArray, Stack, Weight, dequantize, dequantize_halves
+from dsv4_jax.quantized import QuantizedArray, Stack, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
 from dsv4_jax.streams import collapse, expand
 from pallas_kernels.chips import Chip, chip, chip_of, require
@@ -28,6 +28,7 @@ from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_project
 from pallas_kernels.hyper_connection import collapse as plain_collapse
 from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
 from pallas_kernels.hyper_connection import expand as plain_expand
+from pallas_kernels.index_rows import Fp4Rows, dequantize_index_rows
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.index_topk.tpu import index_topk_tpu
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS
@@ -36,6 +37,7 @@ from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
 
+IndexKeys = jax.Array | Fp4Rows | QuantizedArray  # [B, N, D]
 MASK_LIMIT = 16  # entries per pick up to which a TPU reads all of them under a mask; beyond, picked rows are gathered
 
 
@@ -78,7 +80,7 @@ class AttentionKernels(abc.ABC):
         """See `pallas_kernels.put_rows.reference.put_rows`."""
 
     @abc.abstractmethod
-    def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
+    def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
         """See `pallas_kernels.index_topk.reference.pick_entries`; keys may be held in 8 or 4 bits."""
 
 
@@ -132,9 +134,8 @@ class XlaKernels(Kernels):
     def put_rows(self, held, rows, index: jax.Array):
         return put_rows(held, rows, index)
 
-    def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
-        keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys
-        return pick_entries_xla(q, weights, keys, visible, top_k=top_k)
+    def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
+        return pick_entries_xla(q, weights, _wide_keys(keys, q.dtype), visible, top_k=top_k)
 
     def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
         x, *mixing = collapse(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps)
@@ -209,11 +210,8 @@ class TpuKernels(XlaKernels):
             return put_rows(held, rows, index)
         return differentiable(functools.partial(put_rows_tpu, **self._options), put_rows, held, rows, index)
 
-    def pick_entries(self, q, weights, keys: Weight, visible, *, top_k: int) -> Picks:
-        if isinstance(keys, QuantizedArray) and keys.packed:
-            # A TPU pads a last axis of 2 to 128 lanes, so the two codes of a byte are not interleaved.
-            q, keys = evens_first(q), jnp.concatenate(dequantize_halves(keys, q.dtype), axis=-1)
-        keys = dequantize(keys, q.dtype) if isinstance(keys, QuantizedArray) else keys.astype(q.dtype)
+    def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
+        keys = keys if isinstance(keys, Fp4Rows) else _wide_keys(keys, q.dtype)
         q, weights, keys = jax.lax.stop_gradient((q, weights, keys))  # a choice has no gradient
         as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
@@ -238,9 +236,9 @@ class TpuKernels(XlaKernels):
         return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product, routed)
 
 
-def evens_first(x: jax.Array) -> jax.Array:
-    """The even channels of x [..., D], then the odd ones."""
-    return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+def _wide_keys(keys: IndexKeys, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Index keys [B, N, D], however they are held, in `dtype`."""
+    return dequantize(keys, dtype) if isinstance(keys, QuantizedArray) else dequantize_index_rows(keys, dtype)
 
 
 def is_packed(w: Weight) -> TypeGuard[QuantizedArray]:

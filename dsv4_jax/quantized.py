@@ -15,15 +15,14 @@ from pallas_kernels.formats import (
     decode_e2m1,
     decode_e4m3,
     decode_e8m0,
-    encode_e2m1,
     encode_e4m3,
     fp4_scale,
     fp8_scale,
-    pack_fp4,
     round_e2m1,
     round_e4m3,
     unpack_fp4,
 )
+from pallas_kernels.index_rows import quantize_index_rows
 
 FP4_BLOCK = (1, 32)  # a routed expert's fp4 weight has one scale per row and 32 columns
 
@@ -178,10 +177,8 @@ def quantize_fp8(x: jax.Array, block: tuple[int, int] = (1, 128)) -> QuantizedAr
 
 def quantize_fp4(x: jax.Array) -> QuantizedArray:
     """x [..., N, K] -> packed e2m1 codes and one e8m0 scale per row and 32 columns. Source: architecture 8.3."""
-    if x.shape[-1] % 2:
-        raise ValueError(f"quantize_fp4: the last axis of {x.shape} must be even, two codes share a byte")
-    scale = fp4_scale(_block_amax(x, FP4_BLOCK))
-    return QuantizedArray(pack_fp4(encode_e2m1(_over(x, scale, FP4_BLOCK))), scale, FP4_BLOCK, packed=True)
+    rows, half = quantize_index_rows(x).data, x.shape[-1] // 2
+    return QuantizedArray(rows[..., :half], rows[..., half:], FP4_BLOCK, packed=True)
 
 
 def round_fp8(x: jax.Array, group: int) -> jax.Array:

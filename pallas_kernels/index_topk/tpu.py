@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
+from pallas_kernels.index_rows import GROUP as SCALED
+from pallas_kernels.index_rows import Fp4Rows, dequantize_index_rows
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS, SEARCHED, Config, default_config
 from pallas_kernels.mask_bits import GROUP, LANES, WORD, MaskBits, words_for
 from pallas_kernels.sparse_mla.reference import Indices
@@ -33,6 +35,7 @@ PARTIAL_COUNTS = 8  # registers counted into, in decode
 SEARCH_BITS = 2  # of a score found by one step of the search, in decode
 PRODUCT_ROWS = 512  # heads times queries of one product in prefill
 PRODUCTS = 8  # of one query and 1024 keys, worked on together in decode
+EXPONENT_SHIFT = 14  # of an e2m1 code placed as e5m2
 HIDDEN = -(2**31)  # below the integer of every score
 NT = (((1,), (1,)), ((), ()))
 
@@ -40,7 +43,7 @@ NT = (((1,), (1,)), ((), ()))
 def index_topk_tpu(
     q: jax.Array,
     weights: jax.Array,
-    keys: jax.Array,
+    keys: jax.Array | Fp4Rows,
     visible: jax.Array,
     *,
     top_k: int,
@@ -54,7 +57,8 @@ def index_topk_tpu(
 
     Args:
       q: [B, T, H, D <= 128] bf16 or fp32. weights: [B, T, H]. visible: int32 [B, T].
-      keys: [B, N, D] in q.dtype, or float8_e4m3fn codes with `scale`, fp32 [B, N], one positive factor per entry.
+      keys: [B, N, D] in q.dtype, or Fp4Rows, or float8_e4m3fn codes with `scale`, fp32 [B, N], one positive factor per
+        entry.
       as_bits: MaskBits rather than Indices; None: from 9 queries a row on.
     Raises:
       ValueError: shapes disagree, `chip` is no TPU, or one tile's scores exceed its VMEM.
@@ -62,6 +66,8 @@ def index_topk_tpu(
     require(chip, "index_topk_tpu", platform="tpu")
     _check(q, weights, keys, visible, scale, top_k)
     q, weights, keys = _whole_registers(q, weights, keys)
+    if isinstance(keys, Fp4Rows):
+        q, keys = jnp.concatenate([q[..., 0::2], q[..., 1::2]], axis=-1), keys.data  # in the order of `_wide_keys`
     (_, T, _, _), N = q.shape, keys.shape[1]
     config = config or default_config(T, N, chip, q.shape[0])
     top_k = min(top_k, N)
@@ -86,9 +92,14 @@ def _check(q, weights, keys, visible, scale, top_k: int) -> None:
         )
     if D > LANES or top_k < 1:
         raise ValueError(f"index_topk_tpu: {D=} must be at most 128 and {top_k=} positive; use the xla op")
-    if (scale is not None) != (keys.dtype.itemsize == 1) or (scale is None and keys.dtype != q.dtype):
+    if isinstance(keys, Fp4Rows):
+        fits = scale is None
+    else:
+        fits = scale is None and keys.dtype == q.dtype or scale is not None and keys.dtype == jnp.float8_e4m3fn
+    if not fits:
+        held = "Fp4Rows" if isinstance(keys, Fp4Rows) else keys.dtype
         raise ValueError(
-            f"index_topk_tpu: keys {keys.dtype} need {q.dtype} queries, or to be float8 codes with a scale"
+            f"index_topk_tpu: keys {held} must be {q.dtype} as the queries, Fp4Rows, or float8 codes with a scale"
         )
     if scale is not None and scale.shape != keys.shape[:2]:
         raise ValueError(f"index_topk_tpu: scale {scale.shape} must be {keys.shape[:2]}, one factor per entry")
@@ -97,10 +108,13 @@ def _check(q, weights, keys, visible, scale, top_k: int) -> None:
 def _whole_registers(q, weights, keys):
     """Heads of 128 channels, a multiple of 8 of them, for models smaller than the published; zeros change no score."""
     channels, heads = LANES - q.shape[3], -q.shape[2] % ROWS
+    if channels and isinstance(keys, Fp4Rows):
+        keys = dequantize_index_rows(keys, q.dtype)
     if not (channels or heads):
         return q, weights, keys
     q = jnp.pad(q, ((0, 0), (0, 0), (0, heads), (0, channels)))
-    return q, jnp.pad(weights, ((0, 0), (0, 0), (0, heads))), jnp.pad(keys, ((0, 0), (0, 0), (0, channels)))
+    keys = jnp.pad(keys, ((0, 0), (0, 0), (0, channels))) if channels else keys
+    return q, jnp.pad(weights, ((0, 0), (0, 0), (0, heads))), keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +251,24 @@ def _ordered(scores: jax.Array) -> jax.Array:
 
 def _dots(q, keys) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    keys = _wide_keys(keys) if keys.dtype == jnp.uint8 else keys
     return jax.lax.dot_general(q, keys.astype(q.dtype), NT, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _wide_keys(rows: jax.Array) -> jax.Array:
+    """`Fp4Rows.data` [n, 68] -> keys [n, 128] bfloat16, even channels first; codes become floats as for experts."""
+    half = LANES // 2
+    rows = jnp.concatenate([rows, jnp.zeros((rows.shape[0], LANES - rows.shape[1]), jnp.uint8)], axis=1)
+    words = pltpu.bitcast(rows, jnp.int32)
+    lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
+    words = jnp.where(lane < half, words, pltpu.roll(jax.lax.shift_right_logical(words, 4), half, 1))
+    codes = pltpu.bitcast(((words & 0x08080808) << 4) | ((words & 0x07070707) << 1), jnp.float8_e5m2)
+    exponent = jnp.minimum(rows.astype(jnp.int32) + EXPONENT_SHIFT, 255)
+    factors = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(jnp.bfloat16)
+    factors = pltpu.bitcast(factors, jnp.int32)  # of two rows in a word
+    lane = jax.lax.broadcasted_iota(jnp.int32, factors.shape, 1)
+    spread = jnp.take_along_axis(factors, half + lane % half // (SCALED // 2), axis=1)
+    return codes.astype(jnp.bfloat16) * pltpu.bitcast(spread, jnp.bfloat16)
 
 
 def _score_prefill(q_ref, w_ref, keys_ref, scale_ref, visible, scores_ref, block, config: Config):
@@ -248,6 +279,7 @@ def _score_prefill(q_ref, w_ref, keys_ref, scale_ref, visible, scores_ref, block
     def score(i, carry):
         first = pl.multiple_of(i * config.columns, config.columns)
         keys = keys_ref[pl.ds(first, config.columns)]
+        keys = _wide_keys(keys) if keys.dtype == jnp.uint8 else keys
         total = jnp.zeros((queries, config.columns), jnp.float32)
         for g in range(0, H, together):
             heads = range(g, min(g + together, H))
@@ -502,7 +534,7 @@ def _select(q, weights, keys, visible, scale, top_k: int, chip: Chip, config: Co
         key_row = lambda b, t: b
     key_at = lambda b, t, n, used: (key_row(b, t), jnp.minimum(n, jnp.maximum(used[b * tiles + t] - 1, 0)), 0)
     operands.append(keys)
-    specs.append(pl.BlockSpec((None, config.key_block, D), key_at))
+    specs.append(pl.BlockSpec((None, config.key_block, keys.shape[2]), key_at))
     if scale is not None:
         scale = scale.astype(jnp.float32)
         if decode:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import aot
 from pallas_kernels.chips import TPUS, chip
+from pallas_kernels.index_rows import dequantize_index_rows, empty_index_rows, quantize_index_rows
 from pallas_kernels.index_topk import index_topk_tpu, indices_from_bits_tpu, pick_entries
 from pallas_kernels.index_topk.tuning import default_config
 from pallas_kernels.mask_bits import MaskBits, pack_mask, unpack_mask, words_for
@@ -162,6 +163,20 @@ def test_float8_codes_with_a_scale_per_entry(T, power_of_two):
     assert sets(got) == wanted(q.astype(jnp.float32), weights, wide, visible, top_k=100)
 
 
+@pytest.mark.parametrize(
+    ("T", "dtype", "D"), [(1, "bfloat16", 128), (3, "float32", 128), (16, "bfloat16", 128), (2, "bfloat16", 64)]
+)
+def test_keys_in_4_bits(T, dtype, D):
+    """Scales of one entry's groups and of its neighbours are far apart, so that one misplaced would show."""
+    q, weights, keys, visible = draw(T, 2500, integers=False, dtype=jnp.dtype(dtype))
+    q, keys = q[..., :D], keys[..., :D]
+    factor = 2.0 ** np.random.default_rng(1).integers(-12, 13, (*keys.shape[:2], D // 32)).repeat(32, -1)
+    rows = quantize_index_rows(keys * factor)
+    wide = dequantize_index_rows(rows, q.dtype)
+    got = index_topk_tpu(q, weights, rows, visible, top_k=100, chip=V6E, interpret=STRICT)
+    assert sets(got) == wanted(q, weights, wide, visible, top_k=100)
+
+
 @pytest.mark.parametrize("T", [4, 30])
 def test_same_picks_with_constant_trip_counts_and_other_blocks(T):
     config = dataclasses.replace(default_config(T, 2100, V6E), data_dependent=False, columns=128, key_block=1024)
@@ -179,9 +194,9 @@ def test_no_races(T):
     [
         ({"chip": chip("H100")}, "v5e, v5p, v6e, v7x"),
         ({"weights": jnp.ones((2, 2, 9))}, "does not fit weights"),
-        ({"keys": jnp.ones((2, 50, D), jnp.float32)}, "bfloat16 queries"),
-        ({"keys": jnp.ones((2, 50, D), jnp.float8_e4m3fn)}, "with a scale"),
-        ({"scale": jnp.ones((2, 50))}, "with a scale"),
+        ({"keys": jnp.ones((2, 50, D), jnp.float32)}, "must be bfloat16 as the queries"),
+        ({"keys": jnp.ones((2, 50, D), jnp.float8_e4m3fn)}, "codes with a scale"),
+        ({"scale": jnp.ones((2, 50))}, "codes with a scale"),
         ({"top_k": 0}, "top_k=0 positive"),
         ({"q": jnp.ones((2, 2, 8, 256), jnp.bfloat16), "keys": jnp.ones((2, 50, 256), jnp.bfloat16)}, "use the xla op"),
     ],
@@ -214,12 +229,13 @@ def test_mask_bits_round_trip(size):
         np.testing.assert_array_equal((words[..., word] >> bit & 1).astype(bool), mask[..., i])
 
 
-def make_case(target, T: int, N: int, top_k: int, fp8: bool = False, B: int = 4):
+def make_case(target, T: int, N: int, top_k: int, held: str = "bf16", B: int = 4):
     """The kernel at the published 64 heads of 128, for `aot`."""
     H, array = 64, jax.ShapeDtypeStruct
-    keys = array((B, N, D), jnp.float8_e4m3fn if fp8 else jnp.bfloat16)
+    keys = array((B, N, D), jnp.float8_e4m3fn if held == "fp8" else jnp.bfloat16)
+    keys = jax.eval_shape(lambda: empty_index_rows((B, N, D))) if held == "fp4" else keys
     args = [array((B, T, H, D), jnp.bfloat16), array((B, T, H), jnp.bfloat16), keys, array((B, T), jnp.int32)]
-    args += [array((B, N), jnp.float32)] if fp8 else []
+    args += [array((B, N), jnp.float32)] if held == "fp8" else []
 
     def run(q, weights, keys, visible, scale=None):
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, scale=scale, chip=target)
@@ -228,10 +244,11 @@ def make_case(target, T: int, N: int, top_k: int, fp8: bool = False, B: int = 4)
 
 
 AOT_CASES = [
-    {"T": T, "N": N, "top_k": top_k, "fp8": fp8}
-    for T, N, top_k, fp8 in [
-        (1, 262144, 512, False), (8, 262144, 1024, False), (1, 16384, 512, True),
-        (512, 262144, 1024, False), (4096, 16384, 1024, True), *[(4096, 1024, 512, False)] * FULL,
+    {"T": T, "N": N, "top_k": top_k, "held": held}
+    for T, N, top_k, held in [
+        (1, 262144, 512, "fp4"), (8, 262144, 1024, "bf16"), (8, 8192, 512, "fp4"), (1, 16384, 512, "fp8"),
+        (512, 262144, 1024, "bf16"), (4096, 16384, 1024, "fp8"), (2048, 32768, 512, "fp4"),
+        *[(4096, 1024, 512, "bf16")] * FULL,
     ]
 ]  # fmt: skip
 

@@ -30,7 +30,7 @@ def golden(case: str, mesh: str) -> dict:
     """Greedy tokens with drafts, and logits, of a golden checkpoint over a mesh."""
     path = GOLDEN / case
     axes = parse_mesh(mesh, open_source(path).config)
-    model = checkpoints.load(path, mesh=axes, max_tokens=512, dtype=jnp.float32, numerics="exact")
+    model = checkpoints.load(path, mesh=axes, max_tokens=1024, dtype=jnp.float32, numerics="exact")
     want = np.load(f"{path}.greedy.npz")
     out = dsv4_jax.generate(model, want["prompt_ids"], max_new_tokens=16, drafts=2)
     assert out.tokens.tolist() == want["tokens"][:, :16].tolist()
