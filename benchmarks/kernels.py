@@ -31,6 +31,7 @@ from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.index_rows import empty_index_rows
 from pallas_kernels.index_topk import index_topk_tpu
 from pallas_kernels.index_topk import tuning as index_tuning
 from pallas_kernels.sparse_mla import FirstN, Window
@@ -123,7 +124,8 @@ def sparse_mla(target: Chip, B: int, T: int, H: int, N: int):
 def index_topk(target: Chip, B: int, T: int, N: int, top_k: int):
     """The worst case of its searches: data decide otherwise."""
     config = dataclasses.replace(index_tuning.default_config(T, N, target, B), data_dependent=False)
-    q, keys = array(jnp.bfloat16, B, T, INDEX_HEADS, INDEX_DIM), array(jnp.bfloat16, B, N, INDEX_DIM)
+    q = array(jnp.bfloat16, B, T, INDEX_HEADS, INDEX_DIM)
+    keys = jax.eval_shape(lambda: empty_index_rows((B, N, INDEX_DIM)))
     run = lambda *args: index_topk_tpu(*args, top_k=top_k, chip=target, config=config)
     return run, (q, array(jnp.float32, B, T, INDEX_HEADS), keys, array(jnp.int32, B, T))
 
@@ -171,7 +173,7 @@ def attention_work(name: str, m: Model) -> Iterator[Work]:
         sizes = {"B": B, "T": T, "H": m.H, "N": N}
         yield Work("sparse_mla", name, "HCA", phase_of(T), sizes, nbytes, flops)
     for B, T, N in ((4, 1, 16384), (1, 128, 16384)):
-        nbytes = B * (2 * N * INDEX_DIM + T * INDEX_HEADS * (2 * INDEX_DIM + 4) + 4 * T * m.top_k)
+        nbytes = B * (N * (INDEX_DIM // 2 + INDEX_DIM // 32) + T * INDEX_HEADS * (2 * INDEX_DIM + 4) + 4 * T * m.top_k)
         flops = 2 * B * T * INDEX_HEADS * INDEX_DIM * N
         sizes = {"B": B, "T": T, "N": N, "top_k": m.top_k}
         yield Work("index_topk", name, "CSA", "decode" if T == 1 else "prefill", sizes, nbytes, flops)

@@ -3,7 +3,8 @@
 What one device does is compiled: its share of the sequences, and as many experts as it would hold, with even routing.
 A model of three layers and one of five, an HCA and a CSA layer more, give what a pair of layers adds; the rest of the
 model is as many pairs. A part takes max(static cycles / clock, bytes / HBM bandwidth), as `kernels` says; loops whose
-length is up to data run to their end. Not in it: what the exchange between devices takes, whose bytes are given.
+length is up to data run to their end. Each different kernel is profiled by itself, for the profiler dies in whole
+programs; to what XLA does, its own estimates go. Not in it: the exchange between devices, whose bytes are given.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ from rich.table import Table
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.experts import expert_mlp_in_blocks
-from dsv4_jax.kernels import TpuKernels, evens_first
+from dsv4_jax.kernels import TpuKernels
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.plan import parse_topology
 from dsv4_jax.presets import PRESETS
-from dsv4_jax.quantized import dequantize_halves
 from dsv4_jax.sharding import leaf_path
 from pallas_kernels.aot import Case, require_compiler, run_cases
 from pallas_kernels.chips import TPUS, Chip
@@ -49,10 +49,12 @@ PARTS = {  # start of a kernel's name -> what it is part of
     "fp8_output": "output projection",
     "expert_matmul": "experts",
     "sparse_mla": "sparse MLA",
+    "put_rows": "sparse MLA",  # what they write is read there
     "index": "indexer",
     "hyper_connection": "hyper-connections",
 }
 REST = "the rest, by XLA"
+STEP = "benchmarks.step:step"
 RATIOS = {3: [0, 128, 4], 5: [0, 128, 4, 128, 4]}
 WHOLE_TARGET, PART_TARGET = 2.0, 4.0  # at most so many times the roofline
 
@@ -78,7 +80,6 @@ class CountedKernels(TpuKernels):
     def pick_entries(self, q, weights, keys, visible, *, top_k):
         config = index_tuning.default_config(q.shape[1], keys.shape[1], self.chip, q.shape[0])
         config = dataclasses.replace(config, data_dependent=False)
-        q, keys = evens_first(q), jnp.concatenate(dequantize_halves(keys, q.dtype), axis=-1)
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, config=config, **self._options)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
@@ -176,17 +177,14 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
     held = config.n_routed_experts // shards
     common = {"experts": held, "used": round(share * held), "rows": batch // shards, "context": context}
     arguments = [{"model": model, "layers": layers} | common for layers in RATIOS]
-    cases = [Case("benchmarks.step:step", one) for one in arguments]
-    reports = run_cases(cases, target.name, profile=("cycles",), timeout=timeout * len(cases))
-    errors = [report["error"] for report in reports if "error" in report]
-    if errors:
-        return {"model": model, "slice": place, "error": errors[0]}
+    try:
+        kernels = kernel_cycles(target, arguments, timeout)
+        programs = reports_of([Case(STEP, one) for one in arguments], target, timeout)
+    except RuntimeError as error:
+        return {"model": model, "slice": place, "error": str(error)}
     grow = lambda few, more: few + (config.num_hidden_layers - 3) / 2 * (more - few)
-    whole = lambda counts: {part: grow(*(c[part] for c in counts)) for part in (*PARTS.values(), REST)}
-    static = whole([cycles_by_part(report) for report in reports])
-    missing = [part for part, cycles in static.items() if not cycles]
-    if missing:
-        return {"model": model, "slice": place, "error": f"the profiler gave no cycles for {', '.join(missing)}"}
+    whole = lambda counts: {part: grow(*(c[part] for c in counts)) for part in (*dict.fromkeys(PARTS.values()), REST)}
+    static = whole([own | {REST: report["xla_cycles"]} for own, report in zip(kernels, programs, strict=True)])
     least = whole([part_bytes(target, one, share) for one in arguments])
     parts = {
         part: {
@@ -200,20 +198,41 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
         figures["ratio"] = figures["estimate_us"] / figures["roofline_us"]
     sum_of = lambda name: sum(figures[name] for figures in parts.values())
     step_us, roofline = sum_of("estimate_us"), sum_of("roofline_us")
-    notes = [note for report in reports for note in report.get("notes", [])]
     found = {"model": model, "slice": place, "parts": parts, "step_us": step_us, "roofline_us": roofline}
     exchanged = 2 * (shards - 1) / shards * batch // shards * config.hidden_size * 3 * config.num_hidden_layers
-    return found | {"ratio": step_us / roofline, "exchanged_bytes": exchanged, "notes": notes}
+    return found | {"ratio": step_us / roofline, "exchanged_bytes": exchanged}
 
 
-def cycles_by_part(report: dict[str, Any]) -> Counter[str]:
-    """Static cycles of each kernel of a program, and XLA's estimates for what it does itself."""
-    found = Counter({REST: report["xla_cycles"]})
-    for name, facts in report["kernels"].items():
-        part = next((part for start, part in PARTS.items() if name.startswith(start)), None)
-        if part:
-            found[part] += facts.get("static_cycles", 0)
+def reports_of(cases: list[Case], target: Chip, timeout: float, **options) -> list[dict[str, Any]]:
+    reports = run_cases(cases, target.name, timeout=timeout, **options)
+    errors = [report["error"] for report in reports if "error" in report]
+    if errors:
+        raise RuntimeError(errors[0])
+    return reports
+
+
+def kernel_cycles(target: Chip, arguments: list[dict[str, Any]], timeout: float) -> list[Counter[str]]:
+    """Static cycles of each part's kernels, for each of the programs, which differ in how often they call them."""
+    case = lambda given, kernel: Case(STEP, given, kernels_alone=True, kernel=kernel)
+    profiled = lambda cases: reports_of(cases, target, timeout, profile=("cycles",))
+    firsts = profiled([case(given, 0) for given in arguments])
+    names, *others = ([name for name, _ in report["calls"]] for report in firsts)
+    if any(names != other for other in others):
+        raise RuntimeError(f"the programs call different kernels: {names}, {others}")
+    rest = profiled([case(arguments[0], i) for i in range(1, len(names))])
+    cycles = [cycles_of(name, report) for name, report in zip(names, [firsts[0], *rest], strict=True)]
+    found = [Counter[str]() for _ in arguments]
+    for own, report in zip(found, firsts, strict=True):
+        for (name, count), each in zip(report["calls"], cycles, strict=True):
+            own[next(part for start, part in PARTS.items() if name.startswith(start))] += count * each
     return found
+
+
+def cycles_of(name: str, report: dict[str, Any]) -> int:
+    found = [facts.get("static_cycles") for op, facts in report["kernels"].items() if op.startswith(name)]
+    if len(found) != 1 or not found[0]:
+        raise RuntimeError(f"the profiler gave no cycles for {name}: {report.get('notes')}")
+    return found[0]
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -231,6 +250,3 @@ def show(result: dict[str, Any], console: Console) -> None:
         sums = "", f"{row['roofline_us']:.0f}", f"{row['step_us']:.0f}", f"{row['ratio']:.2f}{late}"
         table.add_row(row["model"], row["slice"], "all", *sums, end_section=True)
     console.print(table)
-    for row in result["rows"]:
-        for note in row.get("notes", []):
-            console.print(f"{row['model']} on {row['slice']}: {note}", markup=False)

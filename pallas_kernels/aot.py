@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 
 from pallas_kernels.chips import Chip, chip
 
@@ -62,11 +63,13 @@ class Case:
     """What to compile: "package.module:make" or "path/file.py:make", called as make(chip, **arguments).
 
     kernels_alone: compile a program that only calls the Pallas kernels of fn, with none of the operations around them.
+    kernel: of its different kernels, only the one of this number, and that once.
     """
 
     target: str
     arguments: dict[str, Any] = field(default_factory=dict)
     kernels_alone: bool = False
+    kernel: int | None = None
 
 
 def available(platform: str) -> bool:
@@ -177,16 +180,25 @@ def _lower(fn, args, devices: list[jax.Device], platform: str) -> jax.stages.Low
         return jitted.trace(*jax.tree.map(place, tuple(args))).lower(lowering_platforms=(platform,))
 
 
-def _kernels_alone(fn, args, devices: list[jax.Device]):
-    """A function that calls each Pallas kernel of fn(*args) on arguments of its own, and those arguments."""
+def _kernels_alone(fn, args, devices: list[jax.Device], kernel: int | None):
+    """A function that calls Pallas kernels of fn(*args) on arguments of their own, those arguments, and `calls`."""
     mesh = jax.sharding.Mesh(np.array(devices), ("x",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        calls = list(_pallas_calls(jax.make_jaxpr(fn)(*args).jaxpr))
+        every = list(_pallas_calls(jax.make_jaxpr(fn)(*args).jaxpr))
+    same = collections.defaultdict(list)
+    for call in every:
+        same[str(call.params), str([v.aval for v in call.invars])].append(call)
+    different = list(same.values())
+    calls = every if kernel is None else different[kernel][:1]
     shapes = [[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in call.invars] for call in calls]
     bound = [
         jax.named_call(functools.partial(c.primitive.bind, **c.params), name=str(c.params.get("name"))) for c in calls
     ]
-    return lambda *args: [call(*a) for call, a in zip(bound, args, strict=True)], shapes
+    free = Format(Layout.AUTO)  # a kernel's operands lie as it wants them, with no copy before it
+    run = jax.jit(
+        lambda *args: [call(*a) for call, a in zip(bound, args, strict=True)], in_shardings=free, out_shardings=free
+    )
+    return run, shapes, [(str(group[0].params.get("name")), len(group)) for group in different]
 
 
 def _pallas_calls(jaxpr):
@@ -228,6 +240,7 @@ def run_cases(
         kernels: {name: facts}. TPU with `profile`: static_cycles, static_s, vmem_bytes, vmem_spills and slots
           ({unit: (used, capacity)} of issue slots). GPU: registers, spill_bytes, stack_bytes, smem_bytes, threads.
         xla_cycles: TPU: the sum of XLA's own estimates for its fusions.
+        calls: with `kernels_alone`: [name, how often it is called] of each different kernel.
         notes: what could not be measured, and why.
     Raises:
       AotUnavailable: the compiler is not installed.
@@ -377,13 +390,14 @@ def load_target(target: str):
 def _compile_case(case: Case, target: Chip, devices: list[jax.Device], dumps: Path) -> dict[str, Any]:
     before = _stamps(dumps)
     fn, args = load_target(case.target)(target, **case.arguments)
+    report: dict[str, Any] = {}
     if case.kernels_alone:
-        fn, args = _kernels_alone(fn, args, devices)
+        fn, args, report["calls"] = _kernels_alone(fn, args, devices, case.kernel)
     start = time.perf_counter()
     lowered = _lower(fn, args, devices, target.platform)
     lower_end = time.perf_counter()
     compiled = lowered.compile()
-    report: dict[str, Any] = {"lower_s": lower_end - start, "compile_s": time.perf_counter() - lower_end}
+    report |= {"lower_s": lower_end - start, "compile_s": time.perf_counter() - lower_end}
     memory: Any = compiled.memory_analysis()
     sizes = ("argument", "output", "alias", "temp")
     report["bytes"] = {name: getattr(memory, f"{name}_size_in_bytes") for name in sizes}

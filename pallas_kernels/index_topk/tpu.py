@@ -35,7 +35,7 @@ PARTIAL_COUNTS = 8  # registers counted into, in decode
 SEARCH_BITS = 2  # of a score found by one step of the search, in decode
 PRODUCT_ROWS = 512  # heads times queries of one product in prefill
 PRODUCTS = 8  # of one query and 1024 keys, worked on together in decode
-EXPONENT_SHIFT = 14  # of an e2m1 code placed as e5m2
+E2M1_UNIT = 2.0**14  # an e2m1 value over that of its code placed as e5m2
 HIDDEN = -(2**31)  # below the integer of every score
 NT = (((1,), (1,)), ((), ()))
 
@@ -67,7 +67,8 @@ def index_topk_tpu(
     _check(q, weights, keys, visible, scale, top_k)
     q, weights, keys = _whole_registers(q, weights, keys)
     if isinstance(keys, Fp4Rows):
-        q, keys = jnp.concatenate([q[..., 0::2], q[..., 1::2]], axis=-1), keys.data  # in the order of `_wide_keys`
+        # In the order and the unit of `_wide_keys`.
+        q, keys = jnp.concatenate([q[..., 0::2], q[..., 1::2]], axis=-1) * E2M1_UNIT, keys.data
     (_, T, _, _), N = q.shape, keys.shape[1]
     config = config or default_config(T, N, chip, q.shape[0])
     top_k = min(top_k, N)
@@ -256,16 +257,14 @@ def _dots(q, keys) -> jax.Array:
 
 
 def _wide_keys(rows: jax.Array) -> jax.Array:
-    """`Fp4Rows.data` [n, 68] -> keys [n, 128] bfloat16, even channels first; codes become floats as for experts."""
+    """`Fp4Rows.data` [n, 68] -> keys [n, 128] bfloat16 over 2^14, even channels first; see expert_matmul for codes."""
     half = LANES // 2
     rows = jnp.concatenate([rows, jnp.zeros((rows.shape[0], LANES - rows.shape[1]), jnp.uint8)], axis=1)
     words = pltpu.bitcast(rows, jnp.int32)
     lane = jax.lax.broadcasted_iota(jnp.int32, words.shape, 1)
     words = jnp.where(lane < half, words, pltpu.roll(jax.lax.shift_right_logical(words, 4), half, 1))
     codes = pltpu.bitcast(((words & 0x08080808) << 4) | ((words & 0x07070707) << 1), jnp.float8_e5m2)
-    exponent = jnp.minimum(rows.astype(jnp.int32) + EXPONENT_SHIFT, 255)
-    factors = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(jnp.bfloat16)
-    factors = pltpu.bitcast(factors, jnp.int32)  # of two rows in a word
+    factors = pltpu.bitcast(rows.astype(jnp.uint16), jnp.int32) << 7  # bfloat16 powers of two, of two rows in a word
     lane = jax.lax.broadcasted_iota(jnp.int32, factors.shape, 1)
     spread = jnp.take_along_axis(factors, half + lane % half // (SCALED // 2), axis=1)
     return codes.astype(jnp.bfloat16) * pltpu.bitcast(spread, jnp.bfloat16)

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
+from pallas_kernels.fp8_matmul.tpu import B11_FACTOR, mxu_codes
 from pallas_kernels.kv_rows import GROUP, Fp8Rows, Rows
 from pallas_kernels.mask_bits import WORD, MaskBits, pack_mask
 from pallas_kernels.sparse_mla.reference import FirstN, Indices, Mask, Picks, Window, check_shapes
@@ -30,6 +31,7 @@ from pallas_kernels.sparse_mla.xla import cut_band, join_queries, pad_band, spli
 LOG2E = math.log2(math.e)
 HIDDEN = -2e30  # added to the logit of a row that is not picked
 LOWEST = -1e29  # least running maximum: above HIDDEN by so much that hidden rows weigh exactly nothing
+B11_SHIFT = int(math.log2(B11_FACTOR))
 ROW_ALIGN = 32  # rows of an 8-bit array that lie in one tile of memory
 AHEAD = 2  # pieces of work whose scores are computed early
 GATHER_BYTES = 256 << 20  # bound on the rows gathered for one chunk of queries
@@ -53,6 +55,7 @@ class Plan:
     entry_leaves: int
     by_bits: bool
     poisoned: bool  # entries nobody picks may hold NaN
+    native: bool  # e4m3fn codes need no other form to become wide
     scale: float
 
     @property
@@ -74,17 +77,20 @@ class Plan:
         return math.ceil(self.entries / max(self.config.block, 1))
 
 
-def _widen(leaves, dtype):
+def _widen(leaves, dtype, native: bool):
     """KV rows in `dtype` from the refs that hold them: one of values, or codes, scales and rotary channels."""
     if len(leaves) == 1:
         return leaves[0][...].astype(dtype)
     codes, scales, rope = (leaf[...] for leaf in leaves)
-    factor = jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32).astype(jnp.bfloat16)
+    exponent = scales.astype(jnp.int32)
+    exponent = exponent if native else jnp.minimum(exponent + B11_SHIFT, 255)
+    factor = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(jnp.bfloat16)
     shape = (scales.shape[1], codes.shape[1])
     group = jax.lax.broadcasted_iota(jnp.int32, shape, 1) // GROUP == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     # One factor per group of lanes: the matrix unit spreads powers of two exactly.
-    spread = _product(factor, group.astype(jnp.bfloat16), transposed=False)
-    return jnp.concatenate([(codes.astype(jnp.float32) * spread).astype(dtype), rope.astype(dtype)], axis=1)
+    spread = _product(factor, group.astype(jnp.bfloat16), transposed=False).astype(jnp.bfloat16)
+    wide = mxu_codes(codes, native).astype(jnp.bfloat16) * spread
+    return jnp.concatenate([wide.astype(dtype), rope.astype(dtype)], axis=1)
 
 
 def _product(a, b, *, transposed: bool):
@@ -350,7 +356,7 @@ def _window_rows(plan: Plan, r: _Refs, g: int):
     own = 0 if plan.share > 1 else g
     positions = jnp.concatenate([ref[own] for ref in r.window_positions], axis=1)
     bias = _held(r.window_bias, g, _window_bias(positions, r.bounds[g, :, 0:1], plan.window_size))
-    rows = [_widen([leaf.at[own] for leaf in leaves], r.q.dtype) for leaves in r.window]
+    rows = [_widen([leaf.at[own] for leaf in leaves], r.q.dtype, plan.native) for leaves in r.window]
     return [(jnp.concatenate(rows, axis=0), bias, False)]
 
 
@@ -359,7 +365,7 @@ def _entry_rows(plan: Plan, r: _Refs, g: int, block, leaves):
     rest, dtype = plan.entries % plan.config.block, r.q.dtype
     shown = _entry_bias(plan, jnp.maximum(block, 0), r.bounds.at[g], None if r.bits is None else r.bits.at[g])
     bias = _held(r.entry_bias, g, jnp.where(block < 0, HIDDEN, shown))
-    rows = _widen(leaves, dtype)
+    rows = _widen(leaves, dtype, plan.native)
     if plan.poisoned:
         wide = rows.astype(jnp.float32)
         rows = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(dtype)
@@ -535,7 +541,7 @@ def _run(q, positions, window, entries, picks, sinks, *, scale, chip, config, sh
     count, bits, active = _pick_operands(picks, padded, N, config) if N else (None, None, None)
     plan = Plan(
         config, H, B, tiles, min(chip.cores, B // config.sequences * tiles), share, window.size, parts, unit,
-        len(window_leaves), N, len(pools), bits is not None, poisoned, scale,
+        len(window_leaves), N, len(pools), bits is not None, poisoned, chip.has_fp8_mxu, scale,
     )  # fmt: skip
     specs, hbm = _Specs(plan), pl.BlockSpec(memory_space=pltpu.HBM)
     position = _pad(positions, 1, padded, -1)
