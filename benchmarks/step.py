@@ -44,6 +44,7 @@ SLICES = {  # the smallest that serve it; devices, all along `expert`
     "flash": {"v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "v7x": "v7x:2x2x1"},
     "pro": {"v5p": "v5p:2x2x4", "v7x": "v7x:2x2x2"},
 }
+REST = "the rest, mostly by XLA"
 PARTS = {  # start of a kernel's name -> what it is part of
     "fp8_matmul": "FP8 projections",
     "fp8_output": "output projection",
@@ -52,8 +53,9 @@ PARTS = {  # start of a kernel's name -> what it is part of
     "put_rows": "sparse MLA",  # what they write is read there
     "index": "indexer",
     "hyper_connection": "hyper-connections",
+    "norm_heads": "sparse MLA",
+    "round_rows": REST,
 }
-REST = "the rest, by XLA"
 STEP = "benchmarks.step:step"
 RATIOS = {3: [0, 128, 4], 5: [0, 128, 4, 128, 4]}
 WHOLE_TARGET, PART_TARGET = 2.0, 4.0  # at most so many times the roofline
@@ -183,8 +185,8 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
     except RuntimeError as error:
         return {"model": model, "slice": place, "error": str(error)}
     grow = lambda few, more: few + (config.num_hidden_layers - 3) / 2 * (more - few)
-    whole = lambda counts: {part: grow(*(c[part] for c in counts)) for part in (*dict.fromkeys(PARTS.values()), REST)}
-    static = whole([own | {REST: report["xla_cycles"]} for own, report in zip(kernels, programs, strict=True)])
+    whole = lambda counts: {part: grow(*(c[part] for c in counts)) for part in dict.fromkeys(PARTS.values())}
+    static = whole([own + Counter({REST: report["xla_cycles"]}) for own, report in zip(kernels, programs, strict=True)])
     least = whole([part_bytes(target, one, share) for one in arguments])
     parts = {
         part: {

@@ -19,7 +19,7 @@ from dsv4_jax.compressor import Compressor, visible_entries
 from dsv4_jax.config import CSA, HCA, SLIDING, LayerSpec, ModelConfig
 from dsv4_jax.indexer import Indexer
 from dsv4_jax.kernels import AttentionKernels
-from dsv4_jax.linear import RMSNorm, rms_norm, weight
+from dsv4_jax.linear import RMSNorm, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation, apply_rope
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
@@ -104,9 +104,8 @@ class Attention(nnx.Module, abc.ABC):
 
     def _query(self, latent: jax.Array, rotation: Rotation) -> jax.Array:
         """Latent [B, T, Q] -> [B, T, H, D], normed per head without a weight, then rotated."""
-        q = self._project(latent, self.q_b_proj)
-        q = rms_norm(q.reshape(*latent.shape[:2], self.heads, self.dim), None, self.eps)
-        return apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation))
+        q = self._project(latent, self.q_b_proj).reshape(*latent.shape[:2], self.heads, self.dim)
+        return self.kernels.norm_heads(q, rotation, self.eps)
 
     def _pad_heads(self, query: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Heads up to what the kernel wants: zero queries whose sinks are -inf."""

@@ -256,7 +256,7 @@ def expert_mlp_in_blocks(
     have rows, so that memory and time follow the pairs there are. Sums are in the order of experts either way.
 
     product: (rows [K * R, in], expert [K], blocks used, weight [E, out, in]) -> [K * R, out] in the rows' dtype; blocks
-      past the used ones may hold anything finite.
+      past the used ones may hold anything, for no token reads them.
     """
     (n, A), experts = index.shape, down.shape[0]
     P, rows = n * A, block_rows(n * A, routed or experts)
@@ -269,9 +269,10 @@ def expert_mlp_in_blocks(
     def add(total: jax.Array, first: jax.Array | int) -> jax.Array:
         expert, pair = (jax.lax.dynamic_slice_in_dim(a, first, slab) for a in (blocks.expert, blocks.pair))
         used, pair = jnp.clip(blocks.used - first, 0, slab), pair.reshape(-1)
-        chosen = jnp.minimum(pair, P - 1)
-        gate, up = jnp.split(product(x[chosen // A], expert, used, joined(gate_up)), 2, axis=-1)
-        share = jnp.where(pair < P, weights.reshape(P)[chosen], 0)[:, None]
+        chosen, real = jnp.minimum(pair, P - 1), (pair < P)[:, None]
+        both = product(x[chosen // A], expert, used, joined(gate_up))
+        gate, up = jnp.split(jnp.where(real, both, 0), 2, axis=-1)
+        share = weights.reshape(P)[chosen][:, None]
         out = product(hidden(gate, up, limit, numerics, down, share), expert, used, down)
         place = slot - first * rows
         for a in range(A):

@@ -25,6 +25,7 @@ from pallas_kernels.chips import Chip, chip, chip_of, require
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.head_norm import norm_heads, norm_heads_tpu
 from pallas_kernels.hyper_connection import collapse as plain_collapse
 from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
 from pallas_kernels.hyper_connection import expand as plain_expand
@@ -32,8 +33,10 @@ from pallas_kernels.index_rows import Fp4Rows, dequantize_index_rows
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.index_topk.tpu import index_topk_tpu
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS
+from pallas_kernels.mask_bits import LANES
 from pallas_kernels.put_rows import put_rows, put_rows_tpu
 from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
+from pallas_kernels.round_rows import round_rows, round_rows_tpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
 
@@ -61,6 +64,10 @@ class AttentionKernels(abc.ABC):
     @abc.abstractmethod
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
         """x [..., K] times w [N, K] -> [..., N] in x.dtype; see `linear.linear`."""
+
+    @abc.abstractmethod
+    def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
+        """Queries [B, T, H, D], rotation [B, T, R / 2]; see `pallas_kernels.head_norm.reference.norm_heads`."""
 
     @abc.abstractmethod
     def output_projection(
@@ -106,7 +113,15 @@ class StreamKernels(abc.ABC):
         """See `streams.expand`; mixing is what `collapse_streams` gave."""
 
 
-class Kernels(AttentionKernels, ExpertKernels, StreamKernels):
+class RoundingKernels(abc.ABC):
+    """What a platform must supply for the numerics."""
+
+    @abc.abstractmethod
+    def round_rows(self, x: jax.Array) -> jax.Array:
+        """See `pallas_kernels.round_rows.reference.round_rows`."""
+
+
+class Kernels(AttentionKernels, ExpertKernels, StreamKernels, RoundingKernels):
     """A whole platform."""
 
 
@@ -122,6 +137,12 @@ class XlaKernels(Kernels):
 
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
         return linear(x, w)
+
+    def round_rows(self, x: jax.Array) -> jax.Array:
+        return round_rows(x)
+
+    def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
+        return norm_heads(q, rotation.cos, rotation.sin, eps=eps)
 
     def output_projection(
         self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
@@ -189,6 +210,18 @@ class TpuKernels(XlaKernels):
             return linear(x, w)
         kernel = lambda x, w: fp8_matmul_tpu(x, w.data, w.scale, **self._options)
         return differentiable(kernel, linear, x, w)
+
+    def round_rows(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] % LANES:  # of a model smaller than the published
+            return round_rows(x)
+        return differentiable(functools.partial(round_rows_tpu, **self._options), round_rows, x)
+
+    def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
+        plain = functools.partial(norm_heads, eps=eps)
+        if q.shape[-1] % LANES or 2 * rotation.cos.shape[-1] > LANES:  # of a model smaller than the published
+            return plain(q, rotation.cos, rotation.sin)
+        kernel = functools.partial(norm_heads_tpu, eps=eps, **self._options)
+        return differentiable(kernel, plain, q, rotation.cos, rotation.sin)
 
     def output_projection(
         self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics

@@ -48,7 +48,7 @@ class DeepseekV4(nnx.Module):
         parallel: Parallel = SINGLE,
     ):
         kernels = resolve_kernels(kernels) if isinstance(kernels, str) else kernels
-        numerics = resolve_numerics(numerics, config) if isinstance(numerics, str) else numerics
+        numerics = (resolve_numerics(numerics, config) if isinstance(numerics, str) else numerics).on(kernels)
         dtype = jnp.dtype(dtype)
         self.config, self.max_tokens, self.dtype = config, max_tokens, dtype
         schedule = AsyncSchedule(streams=kernels.has_streams) if schedule is None else schedule

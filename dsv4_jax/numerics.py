@@ -7,21 +7,37 @@ does, which was trained so: in front of every quantised linear map, on KV rows, 
 from __future__ import annotations
 
 import abc
+import dataclasses
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.quantized import QuantizedArray, Weight, round_fp4, round_fp8
+from dsv4_jax.quantized import QuantizedArray, Weight, round_fp4
 from pallas_kernels.formats import hadamard
+from pallas_kernels.round_rows import round_rows
 
-ACTIVATION_GROUP = 128  # channels of an activation that share a scale
 KV_GROUP = 64  # channels of a KV row that share a scale; its rotary channels are never rounded
+
+
+class Rounds(Protocol):
+    """What a platform may do faster."""
+
+    def round_rows(self, x: jax.Array) -> jax.Array:
+        """See `pallas_kernels.round_rows.reference.round_rows`."""
+        ...
 
 
 class Numerics(abc.ABC):
     """The rounding points that a model may have; every method gives back what it was given, rounded, in its dtype."""
+
+    kernels: Rounds | None = None
+
+    def on(self, kernels: Rounds) -> Numerics:
+        """The same numerics, as a platform's kernels round."""
+        return self
 
     @property
     @abc.abstractmethod
@@ -67,15 +83,22 @@ class ExactNumerics(Numerics):
 class OfficialNumerics(Numerics):
     """The released model's rounding points; weights stored unquantised get unrounded activations, as there."""
 
+    kernels: Rounds | None = None
+
     name = "official"
     index_format = "fp4"
 
+    def on(self, kernels: Rounds) -> Numerics:
+        return dataclasses.replace(self, kernels=kernels)
+
     def activations(self, x: jax.Array, w: Weight) -> jax.Array:
-        return round_fp8(x, ACTIVATION_GROUP) if isinstance(w, QuantizedArray) else x
+        if not isinstance(w, QuantizedArray):
+            return x
+        return round_rows(x) if self.kernels is None else self.kernels.round_rows(x)
 
     def kv(self, rows: jax.Array, rope_dim: int) -> jax.Array:
         still, turning = rows[..., :-rope_dim], rows[..., -rope_dim:]
-        return jnp.concatenate([round_fp8(still, KV_GROUP), turning], axis=-1)
+        return jnp.concatenate([round_rows(still, KV_GROUP), turning], axis=-1)
 
     def index(self, x: jax.Array) -> jax.Array:
         return round_fp4(hadamard(x))

@@ -13,9 +13,10 @@ from flax import nnx
 from dsv4_jax.anatomy import LayerView
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.numerics import ExactNumerics, Numerics, OfficialNumerics
-from dsv4_jax.quantized import dequantize, quantize_fp8, round_fp4, round_fp8
+from dsv4_jax.quantized import dequantize, quantize_fp8, round_fp4
 from pallas_kernels.formats import hadamard
 from pallas_kernels.kv_rows import dequantize_rows, quantize_rows
+from pallas_kernels.round_rows import round_rows
 
 
 def _kv_row(x: jax.Array) -> jax.Array:
@@ -27,7 +28,7 @@ def _kv_row(x: jax.Array) -> jax.Array:
 FORMATS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "bfloat16": lambda x: x.astype(jnp.bfloat16).astype(jnp.float32),
     "e4m3, 128 x 128": lambda x: dequantize(quantize_fp8(x, (128, 128)), jnp.float32),
-    "e4m3, 1 x 128": lambda x: round_fp8(x, 128),
+    "e4m3, 1 x 128": round_rows,
     "e4m3, 1 x 64 (KV row)": _kv_row,
     "e2m1, 1 x 32": round_fp4,
     "e2m1, 1 x 32, Hadamard": lambda x: hadamard(round_fp4(hadamard(x))),

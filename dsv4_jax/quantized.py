@@ -19,7 +19,6 @@ from pallas_kernels.formats import (
     fp4_scale,
     fp8_scale,
     round_e2m1,
-    round_e4m3,
     unpack_fp4,
 )
 from pallas_kernels.index_rows import quantize_index_rows
@@ -181,20 +180,11 @@ def quantize_fp4(x: jax.Array) -> QuantizedArray:
     return QuantizedArray(rows[..., :half], rows[..., half:], FP4_BLOCK, packed=True)
 
 
-def round_fp8(x: jax.Array, group: int) -> jax.Array:
-    """x [..., K] -> what `quantize_fp8` with blocks (1, group) would give back, in x.dtype (exact in bfloat16)."""
-    return _round_groups(x, group, fp8_scale, round_e4m3)
-
-
 def round_fp4(x: jax.Array, group: int = FP4_BLOCK[1]) -> jax.Array:
     """x [..., K] -> what `quantize_fp4` would give back, in x.dtype."""
-    return _round_groups(x, group, fp4_scale, round_e2m1)
-
-
-def _round_groups(x: jax.Array, group: int, scale_of, nearest) -> jax.Array:
     groups = _pad_columns(x.astype(jnp.float32), group).reshape(*x.shape[:-1], -1, group)
-    byte = scale_of(jnp.max(jnp.abs(groups), axis=-1, keepdims=True))
-    rounded = nearest(groups * decode_e8m0(254 - byte)) * decode_e8m0(byte)
+    byte = fp4_scale(jnp.max(jnp.abs(groups), axis=-1, keepdims=True))
+    rounded = round_e2m1(groups * decode_e8m0(254 - byte)) * decode_e8m0(byte)
     return rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
 
 

@@ -88,7 +88,7 @@ def through(x, rounded):
 
 
 def rounded(x: jax.Array, group: int, scale_of=fp8_scale, nearest=round_e4m3) -> jax.Array:
-    """`quantized.round_fp8` (or fp4), with barriers that keep XLA from taking a group's maximum once per element."""
+    """`round_rows` (or fp4), with barriers that keep XLA from taking a group's maximum once per element."""
     groups = x.reshape(*x.shape[:-1], -1, min(group, x.shape[-1]))
     scale = scale_of(jax.lax.optimization_barrier(jnp.abs(groups).max(-1, keepdims=True)))
     return (nearest(groups * decode_e8m0(254 - scale)) * decode_e8m0(scale)).reshape(x.shape)

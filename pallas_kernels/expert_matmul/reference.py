@@ -55,8 +55,9 @@ def expert_matmul(x, block_expert, blocks_used, w, scale, *, packed: bool):
       scale: `packed`, uint8 e8m0 exponent bytes [E, N, K / 32]; else uint8 or float32
         [E, ceil(N / 128), ceil(K / 128)].
     Returns:
-      [blocks * R, N] in x.dtype: products and sums in fp32 (float32 x is multiplied exactly), rounded once; zeros for
-      blocks that are not used. Implementations read no weights for those, and may sum in another order.
+      [blocks * R, N] in x.dtype: products and sums in fp32 (float32 x is multiplied exactly), rounded once. Blocks that
+      are not used are zeros here; implementations read no weights for them, and may leave anything there. They may
+      sum in another order, too.
     Raises:
       ValueError: the shapes or types disagree.
     Source: architecture 6 and 8.3.

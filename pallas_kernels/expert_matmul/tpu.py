@@ -213,11 +213,11 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
     else:
         scale_spec = pl.BlockSpec((1, columns, scale.shape[2]), tile)
     visited = min(plan.blocks, w.shape[0])
-    # The grid ends with the blocks in use: the others cost nothing, and nothing is written for them.
+    # The grid ends with the blocks in use: the others cost nothing, and hold what memory held.
     known = isinstance(blocks_used, int)
     end = min(max(blocks_used, 1), plan.blocks) if known else jnp.clip(blocks_used, 1, plan.blocks)
     grid = plan.tiles, end
-    out = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -243,7 +243,6 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
         interpret=interpret,
         name="expert_matmul",
     )(block_expert.astype(jnp.int32), jnp.reshape(blocks_used, (1,)).astype(jnp.int32), x, w, scale)
-    return jnp.where((jnp.arange(plan.blocks) < blocks_used)[:, None, None], out, 0)
 
 
 def _even_odd(x: jax.Array) -> jax.Array:

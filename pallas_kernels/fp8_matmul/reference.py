@@ -95,7 +95,8 @@ def inverse_rope(o, cos, sin):
     half = cos.shape[-1]
     still, turning = o[..., : -2 * half], o[..., -2 * half :].astype(jnp.float32)
     cos, sin = (table.astype(jnp.float32)[:, :, None] for table in (cos, sin))
-    a, b = turning[..., 0::2], turning[..., 1::2]
+    pairs = turning.reshape(*turning.shape[:-1], half, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([a * cos + b * sin, b * cos - a * sin], axis=-1).reshape(turning.shape)
     return jnp.concatenate([still, turned.astype(o.dtype)], axis=-1)
 

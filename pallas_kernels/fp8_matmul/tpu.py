@@ -84,7 +84,7 @@ def mxu_codes(codes: jax.Array, native: bool) -> jax.Array:
     return pltpu.bitcast(words & keep, jnp.float8_e4m3b11fnuz)
 
 
-def _rotate_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """128 channels of a head, [rows, 128]; cos is 1 and sin 0 where they stay, sin negative at odd channels."""
     wide = x.astype(jnp.float32)
     lane = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 1)
@@ -98,7 +98,7 @@ def _turned_blocks(x_ref, tables, plan: Plan) -> dict[int, jax.Array]:
         return {}
     own, partner = (table[...] for table in tables)
     starts = [stop - BLOCK for stop in range(plan.head_dim, plan.config.channels + 1, plan.head_dim)]
-    return {start: _rotate_back(x_ref[:, start : start + BLOCK], own, partner) for start in starts}
+    return {start: rotate_back(x_ref[:, start : start + BLOCK], own, partner) for start in starts}
 
 
 def _scale_row(scale_ref, plan: Plan, block: int) -> jax.Array:
@@ -293,8 +293,8 @@ def _project(x, w, scale, *, chip: Chip, config, interpret, x_scale=None, out_dt
     return _call(x, w, scale, tables, x_scale, plan=plan, chip=chip, interpret=interpret)
 
 
-def _rotation_tables(cos, sin) -> tuple[jax.Array, jax.Array]:
-    """cos, sin [rows, R / 2] -> the factors of a channel itself and of its partner in `_rotate_back`, [rows, 128]."""
+def rotation_tables(cos, sin) -> tuple[jax.Array, jax.Array]:
+    """cos, sin [rows, R / 2] -> the factors of a channel itself and of its partner in `rotate_back`, [rows, 128]."""
     still = BLOCK - 2 * cos.shape[-1]
     signs = jnp.tile(jnp.asarray([1.0, -1.0], jnp.float32), cos.shape[-1])
     own = jnp.pad(jnp.repeat(cos, 2, axis=-1), ((0, 0), (still, 0)), constant_values=1.0)
@@ -324,7 +324,7 @@ def grouped_output_projection_tpu(
     (B, T, H, D), rows = o.shape, w.shape[0] // groups
     whole = D % BLOCK == 0 and 2 * cos.shape[-1] <= BLOCK and (groups == 1 or rows % BLOCK == 0)
     if whole and o.dtype == jnp.bfloat16 and o.size:
-        tables = _rotation_tables(*(t.astype(jnp.float32).reshape(B * T, -1) for t in (cos, sin)))
+        tables = rotation_tables(*(t.astype(jnp.float32).reshape(B * T, -1) for t in (cos, sin)))
         out = _project(
             o.reshape(B * T, H * D), w, scale, chip=chip, config=config, interpret=interpret,
             out_dtype=o.dtype, groups=groups, head_dim=D, tables=tables,

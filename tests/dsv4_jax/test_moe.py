@@ -72,12 +72,15 @@ def quantised(shape: tuple[int, ...], packed: bool, rng) -> QuantizedArray:
 
 
 def in_blocks(*args):
-    """`expert_mlp` by way of one grouped product for all blocks, as platforms with a kernel for it do."""
+    """`expert_mlp` by way of one grouped product for all blocks, as platforms with a kernel for it do.
+
+    Blocks that are not used are poison, as memory that was never written may be.
+    """
 
     def product(rows, expert, used, w):
         values = dequantize(w, jnp.float32)[expert] if isinstance(w, QuantizedArray) else w[expert]
         out = jnp.einsum("brk,bnk->brn", rows.reshape(len(expert), -1, rows.shape[1]), values, precision="highest")
-        return jnp.where(jnp.arange(len(expert))[:, None, None] < used, out, 0).reshape(len(rows), -1)
+        return jnp.where(jnp.arange(len(expert))[:, None, None] < used, out, jnp.nan).reshape(len(rows), -1)
 
     return expert_mlp_in_blocks(*args[:7], product, *args[7:])
 
@@ -89,6 +92,17 @@ def routed(n: int, rng, experts: int = E) -> tuple[jnp.ndarray, jnp.ndarray, jnp
     index = np.stack([rng.permutation(experts)[:A] for _ in range(n)])
     x, weights = rng.standard_normal((n, M)), rng.random((n, A))
     return jnp.asarray(x, jnp.float32), jnp.asarray(index, jnp.int32), jnp.asarray(weights, jnp.float32)
+
+
+def test_gradients_do_not_see_unused_blocks():
+    rng = np.random.default_rng(7)
+    x, _, weights = routed(5, rng)
+    index = jnp.zeros((5, A), jnp.int32).at[:, 1].set(3)  # two experts for ten pairs
+    gate_up, down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((E, 2, F, M), (E, M, F)))
+    loss = lambda experts: lambda *args: experts(args[0], index, *args[1:], 2.0, EXACT).sum()
+    want, got = (jax.grad(loss(e), argnums=range(4))(x, weights, gate_up, down) for e in (expert_mlp, in_blocks))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 @BOTH
