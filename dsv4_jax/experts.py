@@ -19,6 +19,7 @@ from dsv4_jax.quantized import QuantizedArray, Stack, Turned, Weight, dequantize
 Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
 FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
 IN_PLACE = 4  # pairs up to which each product has a branch for every expert; compiling those takes its time
+MOST_COMPARED = 512  # pairs that are compared with each other
 MOST_SORTED = 32768  # pairs up to which a kernel's are sorted, beyond they are counted in chunks of as many:
 COUNTED = 128
 SLAB_ROWS = 4096  # up to which a slab holds all blocks
@@ -122,17 +123,34 @@ def make_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1, ar
 
     Ids past the experts are in none. More blocks than `multiple` are filled up to a multiple of it.
     """
-    P = index.shape[0]
+    P, block = index.shape[0], block_numbers(index.shape[0], experts, rows, multiple)
     counts, rank_of_pair, find = arrange(index, experts)
     last_block = jnp.cumsum(-(-counts // rows))
     first_block = last_block + counts // -rows
-    most = min(P, P // rows + min(P, experts))
-    block = jnp.arange(most if most <= multiple else -(-most // multiple) * multiple)
     expert = jnp.minimum((last_block <= block[:, None]).sum(1), experts - 1)
     rank = (block - first_block[expert])[:, None] * rows + jnp.arange(rows)
     pair = jnp.where(rank < counts[expert][:, None], find(expert, rank), P)
     slot = first_block[index] * rows + rank_of_pair
     return Blocks(expert, pair, last_block[-1], slot)
+
+
+def compare_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1) -> Blocks:
+    """`make_blocks` for few pairs: each sum compares all with all, and is one small program of a TPU; sorts, gathers
+    and running sums would be thirty."""
+    P, block = index.shape[0], block_numbers(index.shape[0], experts, rows, multiple)
+    pairs, every = jnp.arange(P), jnp.arange(experts)
+    rank = ((index[:, None] == index) & (pairs < pairs[:, None])).sum(1)
+    blocks_of = -(-(index == every[:, None]).sum(1) // rows)
+    last_block = jnp.where(every <= every[:, None], blocks_of, 0).sum(1)
+    slot = jnp.where(every < index[:, None], blocks_of, 0).sum(1) * rows + rank
+    expert = jnp.minimum((last_block <= block[:, None]).sum(1), experts - 1)
+    here = jnp.where(index < experts, slot, -1) == (block[:, None] * rows + jnp.arange(rows))[..., None]
+    return Blocks(expert, jnp.where(here, pairs, P).min(-1), last_block[-1], slot)
+
+
+def block_numbers(pairs: int, experts: int, rows: int, multiple: int) -> jax.Array:
+    most = min(pairs, pairs // rows + min(pairs, experts))
+    return jnp.arange(most if most <= multiple else -(-most // multiple) * multiple)
 
 
 def block_rows(pairs: int, experts: int) -> int:
@@ -262,7 +280,10 @@ def expert_mlp_in_blocks(
     P, rows = n * A, block_rows(n * A, routed or experts)
     index, weights = by_expert(index, weights)
     slab = slab_blocks(n, A, experts, routed or experts, rows)
-    blocks = make_blocks(index.reshape(P), experts, rows, slab, by_sorting if P <= MOST_SORTED else by_counting)
+    if P <= MOST_COMPARED:
+        blocks = compare_blocks(index.reshape(P), experts, rows, slab)
+    else:
+        blocks = make_blocks(index.reshape(P), experts, rows, slab, by_sorting if P <= MOST_SORTED else by_counting)
     slab, slabs = min(slab, len(blocks.expert)), -(-len(blocks.expert) // slab)
     slot = jnp.where(index < experts, blocks.slot.reshape(n, A), -1)
 
@@ -275,9 +296,12 @@ def expert_mlp_in_blocks(
         share = weights.reshape(P)[chosen][:, None]
         out = product(hidden(gate, up, limit, numerics, down, share), expert, used, down)
         place = slot - first * rows
+        here = (place >= 0) & (place < len(out))
+        gather = lambda at: out.at[at].get(mode="clip")
+        picked = gather(place) if P <= MOST_COMPARED else None  # few are fetched at once, many a choice at a time
         for a in range(A):
-            here = (place[:, a] >= 0) & (place[:, a] < len(out))
-            total += jnp.where(here[:, None], out.at[place[:, a]].get(mode="clip"), 0)
+            terms = gather(place[:, a]) if picked is None else picked[:, a]
+            total += jnp.where(here[:, a, None], terms, 0)
         return total
 
     total = jnp.zeros(x.shape, jnp.float32)

@@ -10,7 +10,7 @@ from golden_cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.experts import by_counting, by_sorting, clamped_swiglu, expert_mlp, make_blocks
+from dsv4_jax.experts import by_counting, clamped_swiglu, compare_blocks, expert_mlp, make_blocks
 from dsv4_jax.numerics import ExactNumerics
 from pallas_kernels.index_topk import pick_entries, pick_entries_xla
 from pallas_kernels.index_topk.xla import kth_largest
@@ -156,12 +156,17 @@ def test_blocks_hold_every_pair_once_and_one_expert_each(experts, rows):
     assert (pair[int(blocks.used) :] == P).all()
 
 
+def counted(index, experts, rows, multiple):
+    return make_blocks(index, experts, rows, multiple, by_counting)
+
+
+@pytest.mark.parametrize("make", [compare_blocks, counted])
 @pytest.mark.parametrize("high", [1, 6, 9])
-@pytest.mark.parametrize("P", [100, 1000])
-def test_pairs_are_counted_as_they_are_sorted(P, high):
+@pytest.mark.parametrize(("P", "rows", "multiple"), [(1, 1, 8), (48, 2, 1), (100, 4, 16), (1000, 4, 1)])
+def test_blocks_are_those_of_sorted_pairs(P, rows, multiple, high, make):
     """Ids past the 6 experts are in no block."""
     index = np.random.default_rng(P).integers(0, high, P).astype(np.int32)
-    want, got = (make_blocks(jnp.asarray(index), 6, 4, arrange=arrange) for arrange in (by_sorting, by_counting))
+    want, got = (f(jnp.asarray(index), 6, rows, multiple) for f in (make_blocks, make))
     np.testing.assert_array_equal(got.pair, want.pair)
     np.testing.assert_array_equal(got.expert, want.expert)
     np.testing.assert_array_equal(got.slot[index < 6], want.slot[index < 6])
