@@ -55,6 +55,7 @@ PARTS = {  # start of a kernel's name -> what it is part of
     "hyper_connection": "hyper-connections",
     "norm_heads": "sparse MLA",
     "round_rows": REST,
+    "round_index": "indexer",
 }
 STEP = "benchmarks.step:step"
 RATIOS = {3: [0, 128, 4], 5: [0, 128, 4, 128, 4]}

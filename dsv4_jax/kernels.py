@@ -36,6 +36,7 @@ from pallas_kernels.index_topk.tuning import DECODE_TOKENS
 from pallas_kernels.mask_bits import LANES
 from pallas_kernels.put_rows import put_rows, put_rows_tpu
 from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
+from pallas_kernels.round_index import round_index, round_index_tpu
 from pallas_kernels.round_rows import round_rows, round_rows_tpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
@@ -120,6 +121,10 @@ class RoundingKernels(abc.ABC):
     def round_rows(self, x: jax.Array) -> jax.Array:
         """See `pallas_kernels.round_rows.reference.round_rows`."""
 
+    @abc.abstractmethod
+    def round_index(self, x: jax.Array) -> jax.Array:
+        """See `pallas_kernels.round_index.reference.round_index`."""
+
 
 class Kernels(AttentionKernels, ExpertKernels, StreamKernels, RoundingKernels):
     """A whole platform."""
@@ -140,6 +145,9 @@ class XlaKernels(Kernels):
 
     def round_rows(self, x: jax.Array) -> jax.Array:
         return round_rows(x)
+
+    def round_index(self, x: jax.Array) -> jax.Array:
+        return round_index(x)
 
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
         return norm_heads(q, rotation.cos, rotation.sin, eps=eps)
@@ -215,6 +223,11 @@ class TpuKernels(XlaKernels):
         if x.shape[-1] % LANES:  # of a model smaller than the published
             return round_rows(x)
         return differentiable(functools.partial(round_rows_tpu, **self._options), round_rows, x)
+
+    def round_index(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] != LANES:
+            return round_index(x)
+        return differentiable(functools.partial(round_index_tpu, **self._options), round_index, x)
 
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
         plain = functools.partial(norm_heads, eps=eps)

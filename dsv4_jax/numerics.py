@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.config import ModelConfig
-from dsv4_jax.quantized import QuantizedArray, Weight, round_fp4
-from pallas_kernels.formats import hadamard
+from dsv4_jax.quantized import QuantizedArray, Weight
+from pallas_kernels.round_index import round_index
 from pallas_kernels.round_rows import round_rows
 
 KV_GROUP = 64  # channels of a KV row that share a scale; its rotary channels are never rounded
@@ -27,6 +27,10 @@ class Rounds(Protocol):
 
     def round_rows(self, x: jax.Array) -> jax.Array:
         """See `pallas_kernels.round_rows.reference.round_rows`."""
+        ...
+
+    def round_index(self, x: jax.Array) -> jax.Array:
+        """See `pallas_kernels.round_index.reference.round_index`."""
         ...
 
 
@@ -101,7 +105,7 @@ class OfficialNumerics(Numerics):
         return jnp.concatenate([round_rows(still, KV_GROUP), turning], axis=-1)
 
     def index(self, x: jax.Array) -> jax.Array:
-        return round_fp4(hadamard(x))
+        return round_index(x) if self.kernels is None else self.kernels.round_index(x)
 
 
 NUMERICS: dict[str, Numerics] = {"exact": ExactNumerics(), "official": OfficialNumerics()}

@@ -13,9 +13,10 @@ from flax import nnx
 from dsv4_jax.anatomy import LayerView
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.numerics import ExactNumerics, Numerics, OfficialNumerics
-from dsv4_jax.quantized import dequantize, quantize_fp8, round_fp4
+from dsv4_jax.quantized import dequantize, quantize_fp8
 from pallas_kernels.formats import hadamard
 from pallas_kernels.kv_rows import dequantize_rows, quantize_rows
+from pallas_kernels.round_index import round_fp4
 from pallas_kernels.round_rows import round_rows
 
 

@@ -16,9 +16,7 @@ from pallas_kernels.formats import (
     decode_e4m3,
     decode_e8m0,
     encode_e4m3,
-    fp4_scale,
     fp8_scale,
-    round_e2m1,
     unpack_fp4,
 )
 from pallas_kernels.index_rows import quantize_index_rows
@@ -178,18 +176,6 @@ def quantize_fp4(x: jax.Array) -> QuantizedArray:
     """x [..., N, K] -> packed e2m1 codes and one e8m0 scale per row and 32 columns. Source: architecture 8.3."""
     rows, half = quantize_index_rows(x).data, x.shape[-1] // 2
     return QuantizedArray(rows[..., :half], rows[..., half:], FP4_BLOCK, packed=True)
-
-
-def round_fp4(x: jax.Array, group: int = FP4_BLOCK[1]) -> jax.Array:
-    """x [..., K] -> what `quantize_fp4` would give back, in x.dtype."""
-    groups = _pad_columns(x.astype(jnp.float32), group).reshape(*x.shape[:-1], -1, group)
-    byte = fp4_scale(jnp.max(jnp.abs(groups), axis=-1, keepdims=True))
-    rounded = round_e2m1(groups * decode_e8m0(254 - byte)) * decode_e8m0(byte)
-    return rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
-
-
-def _pad_columns(x: jax.Array, multiple: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
 
 
 def _block_amax(x: jax.Array, block: tuple[int, int]) -> jax.Array:

@@ -13,27 +13,31 @@ from pallas_kernels.round_rows.reference import GROUP
 
 ROWS, CHANNELS = 256, 1024  # of a tile, at most
 FEW_ROWS = 32  # up to here a tile has all channels
-MANTISSA, LOWEST = 3, -6  # of e4m3: bits, and the exponent of its least normal number
 
 
-def _power(exponent: jax.Array) -> jax.Array:
+def power(exponent: jax.Array) -> jax.Array:
     """2^(exponent - 127), for biased exponents 1 .. 254."""
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
-def _exponent(x: jax.Array) -> jax.Array:
-    return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
+def scale_exponent(amax: jax.Array) -> jax.Array:
+    """The biased exponent of the least power of two that is not below a normal fp32 number."""
+    return ((jax.lax.bitcast_convert_type(amax, jnp.int32) + 0x7FFFFF) >> 23) & 0xFF
+
+
+def round_to_grid(x: jax.Array, *, mantissa: int, lowest: int, largest: float) -> jax.Array:
+    """`formats` rounding: adding and taking away 1.5 * 2^23 steps leaves a whole number of steps, ties to even."""
+    x = jnp.clip(x, -largest, largest)
+    exponent = (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
+    magic = jnp.float32(1.5 * 2**23) * power(jnp.maximum(exponent, lowest + 127) - mantissa)
+    return (x + magic) - magic
 
 
 def _round_group(x: jax.Array) -> jax.Array:
     """fp32 [rows, 128], a group a row; every step but the rounding is exact."""
     amax = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), FP8_SMALLEST) * jnp.float32(1 / E4M3_MAX)
-    above = jax.lax.bitcast_convert_type(amax, jnp.int32) + 0x7FFFFF  # to the next power of two, unless it is one
-    scale = jnp.broadcast_to((above >> 23) & 0xFF, x.shape)
-    x = jnp.clip(x * _power(254 - scale), -E4M3_MAX, E4M3_MAX)
-    # Adding and taking away 1.5 * 2^23 steps leaves a whole number of steps, ties to even.
-    magic = jnp.float32(1.5 * 2**23) * _power(jnp.maximum(_exponent(x), LOWEST + 127) - MANTISSA)
-    return ((x + magic) - magic) * _power(scale)
+    scale = jnp.broadcast_to(scale_exponent(amax), x.shape)
+    return round_to_grid(x * power(254 - scale), mantissa=3, lowest=-6, largest=E4M3_MAX) * power(scale)
 
 
 def _kernel(x_ref, out_ref):

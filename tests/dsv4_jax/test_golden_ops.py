@@ -17,12 +17,13 @@ from dsv4_jax.linear import linear, matmul, rms_norm
 from dsv4_jax.moe import router_scores, routing_weights
 from dsv4_jax.numerics import OfficialNumerics
 from dsv4_jax.presets import PRESETS
-from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize, quantize_fp8, round_fp4
+from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize, quantize_fp8
 from dsv4_jax.rope import RopeSpec, RopeTable, Rotation, apply_rope, build_table
 from dsv4_jax.streams import split_mix
 from pallas_kernels.formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_fp4
 from pallas_kernels.index_rows import dequantize_index_rows, quantize_index_rows
 from pallas_kernels.index_topk import index_scores, pick_entries, pick_entries_xla
+from pallas_kernels.round_index import round_fp4
 from pallas_kernels.round_rows import round_rows
 from pallas_kernels.sparse_mla import Indices, Mask, Window, sparse_mla, sparse_mla_xla
 

@@ -1,0 +1,76 @@
+"""Rounded index queries on TPU: the matrix unit transforms them, and turns them, so that channels are rows.
+
+The 32 channels of a scale are then whole registers, whose maximum costs little. XLA makes two passes over all queries
+for each of the transform's seven widths, with heads cut into pieces narrower than a register.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chips import Chip, require
+from pallas_kernels.formats import E2M1_MAX, FP4_SMALLEST
+from pallas_kernels.index_rows import GROUP
+from pallas_kernels.round_rows.tpu import power, round_to_grid, scale_exponent
+
+LANES = 128
+ROWS = 1024  # heads of a tile, at most
+BY_CHANNELS, BACK = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
+
+
+def _signs() -> jax.Array:
+    """The Hadamard matrix in Sylvester's order, without its factor: -1 where row and column share an odd number of
+    bits."""
+    shared = functools.reduce(jnp.bitwise_and, [jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), i) for i in (0, 1)])
+    for shift in (4, 2, 1):
+        shared ^= shared >> shift
+    return jnp.where(shared & 1 == 1, -1.0, 1.0)
+
+
+def _round(x: jax.Array) -> jax.Array:
+    """fp32 [32, heads], a scale a column."""
+    amax = jnp.maximum(jnp.max(jnp.abs(x), axis=0, keepdims=True), FP4_SMALLEST) * jnp.float32(1 / E2M1_MAX)
+    scale = jnp.broadcast_to(scale_exponent(amax), x.shape)
+    return round_to_grid(x * power(254 - scale), mantissa=1, lowest=0, largest=E2M1_MAX) * power(scale)
+
+
+def _kernel(x_ref, out_ref):
+    precision = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
+    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    turned = dot(_signs().astype(x_ref.dtype), x_ref[...], BY_CHANNELS, precision=precision)  # [channels, heads]
+    turned = (turned * jnp.float32(LANES**-0.5)).astype(out_ref.dtype).astype(jnp.float32)
+    rounded = jnp.concatenate([_round(turned[i : i + GROUP]) for i in range(0, LANES, GROUP)]).astype(jnp.bfloat16)
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), i) for i in (0, 1))
+    out_ref[...] = dot(rounded, jnp.where(row == lane, 1.0, 0.0).astype(jnp.bfloat16), BACK).astype(out_ref.dtype)
+
+
+def round_index_tpu(x: jax.Array, *, chip: Chip, interpret: bool | pltpu.InterpretParams = False) -> jax.Array:
+    """`reference.round_index` of heads of 128 channels on the TPU `chip`, but for the order of the transform's sums.
+
+    Raises:
+      ValueError: D is not 128, or `chip` is not a TPU.
+    """
+    require(chip, "round_index_tpu", platform="tpu")
+    if x.shape[-1] != LANES:
+        raise ValueError(f"round_index_tpu: heads of {x.shape[-1]} channels, not {LANES}; use the jnp op")
+    if not x.size:
+        return x
+    held = x.reshape(-1, LANES)
+    rows = min(ROWS, len(held))
+    block = pl.BlockSpec((rows, LANES), lambda i: (i, 0))
+    out = pl.pallas_call(
+        _kernel,
+        grid=(pl.cdiv(len(held), rows),),
+        in_specs=[block],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct(held.shape, x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="round_index",
+    )(held)
+    return out.reshape(x.shape)
