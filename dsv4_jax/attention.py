@@ -24,6 +24,7 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation, apply_rope
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 from dsv4_jax.sharding import SINGLE, Parallel
+from pallas_kernels.kv_rows import Fp8Rows
 from pallas_kernels.sparse_mla import FirstN, Picks
 
 Branches = tuple[Callable[[], Any], ...]
@@ -62,7 +63,7 @@ class Attention(nnx.Module, abc.ABC):
         rotation, fork = rope(step.positions), self.schedule.fork
         latent, kv, *inputs = fork(
             lambda: self.q_a_norm(self._project(x, self.q_a_proj)),
-            lambda: self._rows(x, rotation),
+            lambda: self._rounding(cache.window)(self._rows(x, rotation)),
             *self.inputs(x, step),
         )
         compress = self.compress(inputs, latent, rotation, rope, cache, step)
@@ -92,12 +93,12 @@ class Attention(nnx.Module, abc.ABC):
         """What those branches gave -> the entries on offer, each query's picks, and the cache."""
 
     def _rows(self, x: jax.Array, rotation: Rotation) -> jax.Array:
-        """x [B, T, M] -> KV rows [B, T, D], normed, rotated, rounded."""
-        kv = apply_rope(self.kv_norm(self._project(x, self.kv_proj)), rotation)
-        return self._rounded(kv)
+        """x [B, T, M] -> KV rows [B, T, D], normed and rotated."""
+        return apply_rope(self.kv_norm(self._project(x, self.kv_proj)), rotation)
 
-    def _rounded(self, rows: jax.Array) -> jax.Array:
-        return self.numerics.kv(rows, self.rope_dim)
+    def _rounding(self, held: StoredRows) -> Callable[[jax.Array], jax.Array]:
+        """What rounds KV rows for `held`; nothing where that holds 8 bits, which are the same rounding."""
+        return (lambda rows: rows) if isinstance(held, Fp8Rows) else lambda rows: self.numerics.kv(rows, self.rope_dim)
 
     def _project(self, x: jax.Array, w: nnx.Param) -> jax.Array:
         return self.kernels.project(self.numerics.activations(x, w.get_value()), w.get_value())
@@ -149,8 +150,8 @@ class HcaAttention(Attention):
         return (lambda: self.compressor.project(x, step),)
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
-        put = self.kernels.put_rows
-        return (lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._rounded, put),)
+        held, put = cache.compressor, self.kernels.put_rows
+        return (lambda: self.compressor(inputs[0], rope, held, step, self._rounding(held.entries), put),)
 
     def gather(self, compressed, cache, step):
         picks = FirstN(visible_entries(step, self.ratio))
@@ -180,9 +181,10 @@ class CsaAttention(Attention):
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
         main, weights, keys = inputs
+        held, put = cache.compressor, self.kernels.put_rows
         return (
             lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step),
-            lambda: self.compressor(main, rope, cache.compressor, step, self._rounded, self.kernels.put_rows),
+            lambda: self.compressor(main, rope, held, step, self._rounding(held.entries), put),
         )
 
     def gather(self, compressed, cache, step):

@@ -38,7 +38,8 @@ def _kernel(index_ref, block_ref, *refs, arrays: int, size: int, held: int):
         for row, target in zip(fresh, new, strict=True):
             wide = target[0].astype(jnp.float32)  # exact for every dtype that is held
             here = lax.broadcasted_iota(jnp.int32, wide.shape, 0) == index - block * size
-            target[0] = jnp.where(here, row[0, pl.ds(k, 1)], wide).astype(target.dtype)
+            new_row = row[0].astype(jnp.float32) if row.shape[1] == 1 else row[0, pl.ds(k, 1)]
+            target[0] = jnp.where(here, new_row, wide).astype(target.dtype)
 
 
 def put_rows_tpu(
@@ -60,6 +61,8 @@ def put_rows_tpu(
             raise ValueError(f"put_rows_tpu: rows {x.dtype} {x.shape} do not fit {a.dtype} {a.shape}")
     if K > MOST:
         raise ValueError(f"put_rows_tpu: {K} rows at a time, at most {MOST}; use the jnp op")
+    # One of several narrow rows cannot be taken from a tile at a place known only when it runs.
+    fresh = fresh if K == 1 else [x.astype(jnp.float32) for x in fresh]
     size = S if S <= WHOLE else TILE
     index = index.astype(jnp.int32)
     row = lambda x: pl.BlockSpec((1, K, x.shape[2]), lambda b, k, *_: (b, 0, 0))
@@ -77,7 +80,7 @@ def put_rows_tpu(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="put_rows",
-    )(index, _blocks(index, S, size), *(x.astype(jnp.float32) for x in fresh), *old)
+    )(index, _blocks(index, S, size), *fresh, *old)
     return jax.tree.unflatten(structure, out)
 
 
