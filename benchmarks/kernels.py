@@ -31,15 +31,21 @@ from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.head_norm import norm_heads_tpu
+from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
 from pallas_kernels.index_rows import empty_index_rows
 from pallas_kernels.index_topk import index_topk_tpu
 from pallas_kernels.index_topk import tuning as index_tuning
+from pallas_kernels.kv_rows import empty_rows
+from pallas_kernels.put_rows import put_rows_tpu
+from pallas_kernels.round_index import round_index_tpu
+from pallas_kernels.round_rows import round_rows_tpu
 from pallas_kernels.sparse_mla import FirstN, Window
 from pallas_kernels.sparse_mla import tuning as mla_tuning
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
 
-HEAD_DIM, ROPE_DIM, WINDOW, INDEX_HEADS, INDEX_DIM = 512, 64, 128, 64, 128
+HEAD_DIM, ROPE_DIM, WINDOW, INDEX_HEADS, INDEX_DIM, STREAMS = 512, 64, 128, 64, 128, 4
 PREFILL = 512  # tokens of a chunk; the profiler unrolls the grid, so longer ones take it minutes
 
 
@@ -130,10 +136,42 @@ def index_topk(target: Chip, B: int, T: int, N: int, top_k: int):
     return run, (q, array(jnp.float32, B, T, INDEX_HEADS), keys, array(jnp.int32, B, T))
 
 
+def norm_heads(target: Chip, rows: int, H: int):
+    table = array(jnp.float32, rows, 1, ROPE_DIM // 2)
+    run = lambda *args: norm_heads_tpu(*args, eps=1e-6, chip=target)
+    return run, (array(jnp.bfloat16, rows, 1, H, HEAD_DIM), table, table)
+
+
+def round_rows(target: Chip, rows: int, K: int):
+    return lambda x: round_rows_tpu(x, chip=target), (array(jnp.bfloat16, rows, K),)
+
+
+def round_index(target: Chip, rows: int):
+    return lambda x: round_index_tpu(x, chip=target), (array(jnp.bfloat16, rows, INDEX_HEADS, INDEX_DIM),)
+
+
+def collapse(target: Chip, rows: int, M: int):
+    n, elements = STREAMS, (2 + STREAMS) * STREAMS
+    args = array(jnp.bfloat16, rows, 1, n, M), array(jnp.float32, elements, n * M), array(jnp.float32, elements)
+    run = lambda *args: collapse_tpu(*args, iterations=20, eps=1e-6, rms_eps=1e-6, chip=target)
+    return run, (*args, array(jnp.float32, 3))
+
+
+def expand(target: Chip, rows: int, M: int):
+    streams, weights = array(jnp.bfloat16, rows, 1, STREAMS, M), array(jnp.float32, rows, 1, (2 + STREAMS) * STREAMS)
+    return lambda *args: expand_tpu(*args, chip=target), (array(jnp.bfloat16, rows, 1, M), streams, weights)
+
+
+def put_rows(target: Chip, B: int, N: int):
+    held, fresh = (jax.eval_shape(lambda n=n: empty_rows((B, n, HEAD_DIM), ROPE_DIM)) for n in (N, 1))
+    return lambda *args: put_rows_tpu(*args, chip=target), (held, fresh, array(jnp.int32, B, 1))
+
+
 def every_work() -> Iterator[Work]:
     for name, m in MODELS.items():
         for rows in (1, 64, PREFILL):
             yield from dense_work(name, m, rows)
+            yield from row_work(name, m, rows)
         for rows, blocks in ((1, m.A), (4, 32), (128, 8)):  # some blocks, each of an expert of its own
             yield from expert_work(name, m, rows, blocks)
         yield from attention_work(name, m)
@@ -177,6 +215,22 @@ def attention_work(name: str, m: Model) -> Iterator[Work]:
         flops = 2 * B * T * INDEX_HEADS * INDEX_DIM * N
         sizes = {"B": B, "T": T, "N": N, "top_k": m.top_k}
         yield Work("index_topk", name, "CSA", "decode" if T == 1 else "prefill", sizes, nbytes, flops)
+
+
+def row_work(name: str, m: Model, rows: int) -> Iterator[Work]:
+    """What reads and writes tokens, and does little with them."""
+    phase = phase_of(rows)
+    heads = {"rows": rows, "H": m.H}
+    yield Work("norm_heads", name, "q", phase, heads, rows * (4 * m.H * HEAD_DIM + 4 * ROPE_DIM), 0)
+    for shape, K in {"x": m.M, "o": m.G * m.O}.items():
+        yield Work("round_rows", name, shape, phase, {"rows": rows, "K": K}, 4 * rows * K, 0)
+    yield Work("round_index", name, "q", phase, {"rows": rows}, 4 * rows * INDEX_HEADS * INDEX_DIM, 0)
+    sizes, mix = {"rows": rows, "M": m.M}, (2 + STREAMS) * STREAMS
+    nbytes = 2 * rows * (STREAMS + 1) * m.M + 4 * mix * (STREAMS * m.M + rows)
+    yield Work("collapse", name, "streams", phase, sizes, nbytes, 2 * rows * mix * STREAMS * m.M)
+    yield Work("expand", name, "streams", phase, sizes, rows * (2 * (2 * STREAMS + 1) * m.M + 4 * mix), 0)
+    if phase == "decode":
+        yield Work("put_rows", name, "entries", phase, {"B": rows, "N": 8192}, 2 * 584 * rows, 0)
 
 
 def known(work: Work, name: str) -> dict[str, Any]:
@@ -246,7 +300,10 @@ def occupancy(kernel: dict[str, int], target: Chip) -> dict[str, Any]:
     return {"blocks_per_sm": bounds[bound], "occupancy": bounds[bound] * threads / SM_THREADS, "bound": bound}
 
 
-KERNEL_NAMES = ("fp8_matmul", "fp8_output_projection", "expert_matmul", "sparse_mla", "index_topk", "index_picks")
+KERNEL_NAMES = (
+    "fp8_matmul", "fp8_output_projection", "expert_matmul", "sparse_mla", "index_topk", "index_picks", "norm_heads",
+    "round_rows", "round_index", "hyper_connection", "put_rows",
+)  # fmt: skip
 
 
 def is_kernel(op: str) -> bool:

@@ -19,7 +19,7 @@ from pallas_kernels.index_rows import GROUP
 from pallas_kernels.round_rows.tpu import power, round_to_grid, scale_exponent
 
 LANES = 128
-ROWS = 1024  # heads of a tile, at most
+ROWS, LEAST = 1024, 16  # heads of a tile: at most, and what the matrix unit of every generation takes
 BY_CHANNELS, BACK = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
@@ -60,7 +60,8 @@ def round_index_tpu(x: jax.Array, *, chip: Chip, interpret: bool | pltpu.Interpr
         raise ValueError(f"round_index_tpu: heads of {x.shape[-1]} channels, not {LANES}; use the jnp op")
     if not x.size:
         return x
-    held = x.reshape(-1, LANES)
+    heads = x.size // LANES
+    held = jnp.pad(x.reshape(heads, LANES), ((0, max(0, LEAST - heads)), (0, 0)))
     rows = min(ROWS, len(held))
     block = pl.BlockSpec((rows, LANES), lambda i: (i, 0))
     out = pl.pallas_call(
@@ -73,4 +74,4 @@ def round_index_tpu(x: jax.Array, *, chip: Chip, interpret: bool | pltpu.Interpr
         interpret=interpret,
         name="round_index",
     )(held)
-    return out.reshape(x.shape)
+    return out[:heads].reshape(x.shape)
