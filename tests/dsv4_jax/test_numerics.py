@@ -71,5 +71,7 @@ def test_an_8_bit_cache_with_exact_numerics_costs_as_much_as_rounding_kv_rows():
 def test_cache_leaves_are_of_the_stated_formats():
     official = load_model(TINY, numerics="official", cache_dtype="fp8").init_cache(1, 64).layers[2]
     exact = load_model(TINY, numerics="exact", cache_dtype="fp8").init_cache(1, 64).layers[2]
-    assert official.window.codes.dtype == jnp.float8_e4m3fn and official.indexer.entries.packed
+    keys = official.indexer.entries
+    assert official.window.codes.dtype == jnp.float8_e4m3fn
+    assert keys.data.dtype == jnp.uint8 and keys.data.shape[-1] == keys.dim // 2 + keys.dim // 32
     assert exact.indexer.entries.data.dtype == jnp.float8_e4m3fn and exact.indexer.entries.scale.dtype == jnp.float32
