@@ -84,6 +84,12 @@ def fp4_scale(amax: jax.Array) -> jax.Array:
     return encode_e8m0(jnp.maximum(amax.astype(jnp.float32), FP4_SMALLEST) * jnp.float32(1 / E2M1_MAX))
 
 
+def in_groups(x: jax.Array, group: int) -> jax.Array:
+    """x [..., channels] -> [..., groups, group], the last group padded with zeros."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % group)])
+    return x.reshape(*x.shape[:-1], -1, group)
+
+
 def hadamard(x: jax.Array) -> jax.Array:
     """x [..., n] times the Sylvester-ordered Hadamard matrix over sqrt(n), n a power of two; fp32 inside."""
     n = x.shape[-1]

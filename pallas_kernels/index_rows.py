@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import decode_e2m1, decode_e8m0, encode_e2m1, fp4_scale, pack_fp4, unpack_fp4
+from pallas_kernels.formats import decode_e2m1, decode_e8m0, encode_e2m1, fp4_scale, in_groups, pack_fp4, unpack_fp4
 
 GROUP = 32  # channels that share a scale
 
@@ -42,7 +42,7 @@ def quantize_index_rows(rows: jax.Array) -> Fp4Rows:
     """[..., N, D] -> Fp4Rows. Lossless for rows that were already rounded so."""
     dim = rows.shape[-1]
     _check(dim)
-    groups = _groups(rows.astype(jnp.float32))
+    groups = in_groups(rows.astype(jnp.float32), GROUP)
     byte = fp4_scale(jnp.max(jnp.abs(groups), axis=-1))
     codes = encode_e2m1(groups * decode_e8m0(254 - byte)[..., None]).reshape(*rows.shape[:-1], -1)[..., :dim]
     return Fp4Rows(jnp.concatenate([pack_fp4(codes), byte], axis=-1), dim)
@@ -53,7 +53,7 @@ def dequantize_index_rows(rows: jax.Array | Fp4Rows, dtype: jax.typing.DTypeLike
     if not isinstance(rows, Fp4Rows):
         return rows.astype(dtype)
     half = rows.dim // 2
-    groups = _groups(decode_e2m1(unpack_fp4(rows.data[..., :half])))
+    groups = in_groups(decode_e2m1(unpack_fp4(rows.data[..., :half])), GROUP)
     wide = groups * decode_e8m0(rows.data[..., half:])[..., None]
     return wide.reshape(*rows.data.shape[:-1], -1)[..., : rows.dim].astype(dtype)
 
@@ -61,9 +61,3 @@ def dequantize_index_rows(rows: jax.Array | Fp4Rows, dtype: jax.typing.DTypeLike
 def _check(dim: int) -> None:
     if dim % 2:
         raise ValueError(f"rows of {dim} channels cannot be held in 4 bits: two codes share a byte")
-
-
-def _groups(x: jax.Array) -> jax.Array:
-    """[..., channels] -> [..., groups, 32], the last group padded with zeros."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
-    return x.reshape(*x.shape[:-1], -1, GROUP)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import decode_e4m3, decode_e8m0, encode_e4m3, fp8_scale
+from pallas_kernels.formats import decode_e4m3, decode_e8m0, encode_e4m3, fp8_scale, in_groups
 
 GROUP = 64  # channels that share a scale
 SCALE_ALIGN = 8  # scales are padded with zero bytes to a multiple of this
@@ -56,7 +56,7 @@ def empty_rows(shape: tuple[int, ...], rope_dim: int) -> Fp8Rows:
 def quantize_rows(rows: jax.Array, rope_dim: int) -> Fp8Rows:
     """[..., S, D] -> Fp8Rows. Lossless for rows that were already rounded so and whose rotary channels are bfloat16."""
     coded = rows.shape[-1] - rope_dim
-    groups = _groups(rows[..., :coded].astype(jnp.float32))
+    groups = in_groups(rows[..., :coded].astype(jnp.float32), GROUP)
     byte = fp8_scale(jnp.max(jnp.abs(groups), axis=-1))
     codes = encode_e4m3(groups * decode_e8m0(254 - byte)[..., None])
     codes = codes.reshape(*rows.shape[:-1], -1)[..., :coded]
@@ -69,13 +69,7 @@ def dequantize_rows(rows: Rows, dtype: jax.typing.DTypeLike) -> jax.Array:
     if not isinstance(rows, Fp8Rows):
         return rows.astype(dtype)
     coded = rows.codes.shape[-1]
-    groups = _groups(decode_e4m3(rows.codes))
+    groups = in_groups(decode_e4m3(rows.codes), GROUP)
     scale = decode_e8m0(rows.scales[..., : groups.shape[-2]])
     wide = (groups * scale[..., None]).reshape(*rows.codes.shape[:-1], -1)[..., :coded]
     return jnp.concatenate([wide.astype(dtype), rows.rope.astype(dtype)], axis=-1)
-
-
-def _groups(x: jax.Array) -> jax.Array:
-    """[..., channels] -> [..., groups, 64], the last group padded with zeros."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % GROUP)])
-    return x.reshape(*x.shape[:-1], -1, GROUP)

@@ -252,12 +252,16 @@ def _ordered(scores: jax.Array) -> jax.Array:
 
 def _dots(q, keys) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    keys = _wide_keys(keys) if keys.dtype == jnp.uint8 else keys
     return jax.lax.dot_general(q, keys.astype(q.dtype), NT, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _wide_keys(rows: jax.Array) -> jax.Array:
-    """`Fp4Rows.data` [n, 68] -> keys [n, 128] bfloat16 over 2^14, even channels first; see expert_matmul for codes."""
+    """`Fp4Rows.data` [n, 68] -> keys [n, 128] bfloat16 over 2^14, even channels first; others as they are.
+
+    Codes become floats as in expert_matmul.
+    """
+    if rows.dtype != jnp.uint8:
+        return rows
     half = LANES // 2
     rows = jnp.concatenate([rows, jnp.zeros((rows.shape[0], LANES - rows.shape[1]), jnp.uint8)], axis=1)
     words = pltpu.bitcast(rows, jnp.int32)
@@ -278,7 +282,7 @@ def _score_prefill(q_ref, w_ref, keys_ref, scale_ref, visible, scores_ref, block
     def score(i, carry):
         first = pl.multiple_of(i * config.columns, config.columns)
         keys = keys_ref[pl.ds(first, config.columns)]
-        keys = _wide_keys(keys) if keys.dtype == jnp.uint8 else keys
+        keys = _wide_keys(keys)
         total = jnp.zeros((queries, config.columns), jnp.float32)
         for g in range(0, H, together):
             heads = range(g, min(g + together, H))
@@ -308,7 +312,8 @@ def _score_decode(q_ref, w_ref, keys_ref, scale_ref, visible, scores_ref, block,
     def score(chunk):
         parts: list[list[jax.Array]] = [[] for _ in range(T)]
         for j in range(0, width, config.columns):
-            dots = jnp.maximum(_dots(q, keys_ref[pl.ds(pl.multiple_of(chunk * width + j, LANES), config.columns)]), 0)
+            keys = keys_ref[pl.ds(pl.multiple_of(chunk * width + j, LANES), config.columns)]
+            dots = jnp.maximum(_dots(q, _wide_keys(keys)), 0)
             for t, lane in itertools.product(range(T), range(0, config.columns, LANES)):
                 heads = slice(t * H, (t + 1) * H)
                 weighted = dots[heads, lane : lane + LANES] * w[heads]

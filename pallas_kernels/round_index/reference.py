@@ -5,14 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import decode_e8m0, fp4_scale, hadamard, round_e2m1
+from pallas_kernels.formats import decode_e8m0, fp4_scale, hadamard, in_groups, round_e2m1
 from pallas_kernels.index_rows import GROUP
 
 
-def round_fp4(x: jax.Array, group: int = GROUP) -> jax.Array:
-    """Each `group` channels of x [..., K] as e2m1 codes times a power of two, wide again in x.dtype."""
-    padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % group)])
-    groups = padded.reshape(*x.shape[:-1], -1, group)
+def round_fp4(x: jax.Array) -> jax.Array:
+    """Each 32 channels of x [..., K] as e2m1 codes times a power of two, wide again in x.dtype."""
+    groups = in_groups(x.astype(jnp.float32), GROUP)
     byte = fp4_scale(jnp.max(jnp.abs(groups), axis=-1, keepdims=True))
     rounded = round_e2m1(groups * decode_e8m0(254 - byte)) * decode_e8m0(byte)
     return rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import decode_e8m0, fp8_scale, round_e4m3
+from pallas_kernels.formats import decode_e8m0, fp8_scale, in_groups, round_e4m3
 
 GROUP = 128  # channels of an activation that share a scale
 
@@ -19,8 +19,7 @@ def round_rows(x: jax.Array, group: int = GROUP) -> jax.Array:
       [..., K] in x.dtype, exact in bfloat16 and wider. What is not finite stays so.
     Source: architecture 8.2.
     """
-    padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % group)])
-    groups = padded.reshape(*x.shape[:-1], -1, group)
+    groups = in_groups(x.astype(jnp.float32), group)
     byte = fp8_scale(jnp.max(jnp.abs(groups), axis=-1, keepdims=True))
     rounded = round_e4m3(groups * decode_e8m0(254 - byte)) * decode_e8m0(byte)
     return rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)
