@@ -184,11 +184,10 @@ def timed_cases(target: Chip) -> list[Case]:
     cases += [fp8(4096, 32768, 1024, coded) for coded in (False, True)]
     cases += [output_case(target, rows) for rows in (1, 64, 4096)]
     cases += [expert_case(target, *load, 4096, K) for load in ((1, 6), (2, 200), (128, 256)) for K in (4096, 2048)]
-    if target.generation == 90:
-        decode, prefill = "sparse_mla decode", "sparse_mla prefill"
-        cases += [attention_case(target, B, 1, 16384, 512, decode if B > 1 else None) for B in (1, 64)]
-        cases += [attention_case(target, 64, 1, 16384, 512, None, fp8=True)]
-        cases += [attention_case(target, 1, 4096, 8192, 512, prefill)]
+    decode, prefill = "sparse_mla decode", "sparse_mla prefill"
+    cases += [attention_case(target, B, 1, 16384, 512, decode if B > 1 else None) for B in (1, 64)]
+    cases += [attention_case(target, 64, 1, 16384, 512, None, fp8=True)]
+    cases += [attention_case(target, 1, 4096, 8192, 512, prefill)]
     return cases
 
 
@@ -204,10 +203,9 @@ def checked_cases(target: Chip) -> list[tuple[Case, Callable[..., jax.Array]]]:
               for shape in ((1, 512, 1024), (48, 256, 4096), (640, 2048, 512))]  # fmt: skip
     checks += [(output_case(target, 5), functools.partial(grouped_output_projection, groups=8))]
     checks += [(expert_case(target, *load, 512, 1024, experts=16), experts) for load in ((1, 6), (24, 10), (128, 16))]
-    if target.generation == 90:
-        attention = functools.partial(sparse_mla, scale=DIM**-0.5)
-        shapes = ((3, 1, 1024, 256), (1, 100, 1024, 256))
-        checks += [(attention_case(target, *s, None, fp8=f), attention) for s in shapes for f in (False, True)]
+    attention = functools.partial(sparse_mla, scale=DIM**-0.5)
+    shapes = ((3, 1, 1024, 256), (1, 100, 1024, 256))
+    checks += [(attention_case(target, *s, None, fp8=f), attention) for s in shapes for f in (False, True)]
     return checks
 
 

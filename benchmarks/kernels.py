@@ -266,10 +266,8 @@ def _times(row: dict[str, Any], target: Chip, compiled: dict[str, Any], profiled
     return around | {"static_us": static, "estimate_us": took, "ratio": took / row["roofline_us"]}
 
 
-GPU_OPS = {  # chip: ops that have a kernel for it
-    "H200": ("fp8_matmul", "grouped_output_projection", "expert_matmul", "sparse_mla"),
-    "B200": ("fp8_matmul", "grouped_output_projection", "expert_matmul"),
-}
+GPU_OPS = "fp8_matmul", "grouped_output_projection", "expert_matmul", "sparse_mla"  # that have a kernel for GPUs
+GPUS = "H200", "B200"
 SM_REGISTERS, SM_THREADS, SM_BLOCKS, RESERVED = 1 << 16, 2048, 32, 1 << 10  # RESERVED: bytes of a block's shared memory
 
 
@@ -312,7 +310,7 @@ def is_kernel(op: str) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    ops, chips = sorted({work.op for work in every_work()}), [*TPUS, *GPU_OPS]
+    ops, chips = sorted({work.op for work in every_work()}), [*TPUS, *GPUS]
     parser.add_argument("--chips", nargs="+", choices=chips, default=chips, help="TPU generations and GPUs")
     parser.add_argument("--ops", nargs="+", choices=ops, default=ops, help="kernels")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
@@ -335,7 +333,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         (name, batch)
         for name in args.chips
         for op in args.ops
-        if name in TPUS or op in GPU_OPS[name]
+        if name in TPUS or op in GPU_OPS
         if (batch := [work for work in works if work.op == op])
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -355,7 +353,7 @@ def _measure(name: str, works: list[Work], timeout: float) -> list[dict[str, Any
 
 def show(result: dict[str, Any], console: Console) -> None:
     console.print(_tpu_table([row for row in result["rows"] if row["chip"] in TPUS]))
-    console.print(_gpu_table([row for row in result["rows"] if row["chip"] in GPU_OPS]))
+    console.print(_gpu_table([row for row in result["rows"] if row["chip"] in GPUS]))
     for row in result["rows"]:
         if "error" in row or "notes" in row:
             console.print(f"{row['op']} {row['sizes']} {row['chip']}: {row.get('error') or row['notes']}", markup=False)

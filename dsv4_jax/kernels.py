@@ -303,7 +303,7 @@ NAMES = ("auto", "xla", "tpu", "gpu", "tpu-interpret")
 def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Kernels:
     """The strategy called `name` for `device` (default: the first). "auto" is "tpu" on a TPU, "xla" elsewhere.
 
-    "gpu" is for H100 and H200 and has to be asked for: it has been compiled, not run.
+    "gpu" is for H100, H200 and B200 and has to be asked for: it has been compiled, not run.
 
     Raises:
       ValueError: the name is not known, or the strategy cannot run on the device; the message says which can. To

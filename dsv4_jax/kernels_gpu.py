@@ -1,4 +1,4 @@
-"""The strategy for NVIDIA GPUs with wgmma (H100, H200): kernels by Mosaic GPU."""
+"""The strategy for NVIDIA GPUs with wgmma or tcgen05 (H100, H200, B200): kernels by Mosaic GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from pallas_kernels.chips import Chip, require
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
-from pallas_kernels.sparse_mla.gpu import HEADS, sparse_mla_gpu
+from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
+from pallas_kernels.sparse_mla.gpu_device import HEADS
+
+GENERATIONS = 90, 100  # compute capabilities, times ten, that the kernels are written for
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class GpuKernels(XlaKernels):
     The model must be in bfloat16, with 256 or 512 channels a head; other operands that a kernel cannot take raise a
     ValueError, too, which names what to choose instead.
 
-    chip: what to compile for, a GPU of compute capability 9.0. interpret: None, or Pallas's InterpretGPUParams to run
-    the kernels on CPU, for tests.
+    chip: what to compile for, a GPU of compute capability 9.0 or 10.0. interpret: None, or Pallas's InterpretGPUParams
+    to run the kernels on CPU, for tests.
     """
 
     chip: Chip
@@ -45,7 +48,7 @@ class GpuKernels(XlaKernels):
 
     def __post_init__(self):
         with or_xla():
-            require(self.chip, "kernels='gpu'", platform="cuda", generations=(90,))
+            require(self.chip, "kernels='gpu'", platform="cuda", generations=GENERATIONS)
 
     @property
     def _options(self):

@@ -1,8 +1,8 @@
-"""Sparse MLA on Hopper (sm_90a), by Mosaic GPU.
+"""Sparse MLA on NVIDIA GPUs, by Mosaic GPU: Hopper (sm_90a, wgmma) and Blackwell (sm_100a, tcgen05).
 
-One thread block attends one query's tile of 64 heads (the M of every wgmma) to 64 rows at a time. Four warpgroups:
-0 and 1 compute, each holding the output of half the channels in registers (64 x 256 fp32, 128 registers a thread); both
-form all the scores, so that neither waits for the other. 2 and 3 gather, each into a row tile of its own: one fills
+One thread block attends one query's tile of 64 heads (the M of every product) to 64 rows at a time. Four warpgroups:
+0 and 1 compute, each holding the output of half the channels in registers (64 x 256 fp32, 128 registers a thread); how
+they multiply is `gpu_device.py`'s. 2 and 3 gather, each into a row tile of its own: one fills
 while the other is attended to. K = V, so a gathered tile serves both products. The rows of a query are a list, its
 window rows before its picked entries; at decode several blocks share the list and their outputs are combined by
 log-sum-exp.
@@ -19,19 +19,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.chips import Chip, require
+from pallas_kernels.chips import Chip
 from pallas_kernels.kv_rows import Fp8Rows
-from pallas_kernels.sparse_mla.gpu_rows import ROWS, TILED, copy_rows
+from pallas_kernels.sparse_mla.gpu_device import COMPUTE, HEADS, Device, device_of, scale_lines
+from pallas_kernels.sparse_mla.gpu_rows import ROWS, tiled
 from pallas_kernels.sparse_mla.reference import FirstN, Indices, Picks, Window, as_mask, check_shapes
 
-HEADS = 64  # heads of one block
-CHANNELS = 128  # of one value product
-COMPUTE, GATHER = 2, 2  # warpgroups
-COMPUTE_REGISTERS, GATHER_REGISTERS = 200, 56  # of a thread; all four warpgroups together have 512
+GATHER = 2  # warpgroups that fetch rows
 MAX_SPLITS = 16
 LOG2E = math.log2(math.e)
+SHARED = 7  # references of scratch that every device has
 EMPTY = -1e30  # the running maximum before any row: finite, so that no difference of infinities arises
-LINES, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 @dataclass(frozen=True)
@@ -44,68 +42,6 @@ class Plan:
     head_tiles: int
     width: int  # channels
     scale: float
-
-
-class Device:
-    """What a warpgroup does that Pallas's interpreter does not know: layouts, inline code, register operands."""
-
-    def full(self, shape, value):
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), LINES if len(shape) == 1 else plgpu.Layout.WGMMA)
-
-    def load_columns(self, ref):
-        return plgpu.load(ref, (), layout=COLUMNS, optimized=False)
-
-    def load_lines(self, ref):
-        return plgpu.load(ref, (), layout=LINES, optimized=False)
-
-    def copy_rows(self, rows, listed, tile, numbers):
-        copy_rows(rows, listed, tile, numbers)
-
-    def scores(self, q, rows):
-        def multiply(ref):
-            plgpu.wgmma(ref, q, rows.transpose((1, 0)))
-            return ref[...]
-
-        return pl.run_scoped(multiply, plgpu.ACC((HEADS, ROWS), jnp.float32))
-
-    def accumulate(self, acc, weights, rows):
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, rows))(plgpu.ACC.init(acc))
-
-
-class Interpreted(Device):
-    """The same in jnp; loops, barriers, masks and the order of all steps stay the kernel's own."""
-
-    def full(self, shape, value):
-        return jnp.full(shape, value, jnp.float32)
-
-    def load_columns(self, ref):
-        return ref[...]
-
-    def load_lines(self, ref):
-        return ref[...]
-
-    def copy_rows(self, rows, listed, tile, numbers):
-        values = rows[0][...] if len(rows) == 1 else _widened(*(part[...] for part in rows))
-        if isinstance(listed, tuple):
-            index = listed[0] + jnp.arange(ROWS, dtype=jnp.int32)
-            index = jnp.where(index < listed[1], index, -1)
-        else:
-            index = listed[...]
-        numbers[...] = index
-        tile[...] = jnp.where((index >= 0)[:, None], values[jnp.maximum(index, 0)], 0)
-
-    def scores(self, q, rows):
-        return jnp.dot(q[...], rows[...].T, preferred_element_type=jnp.float32)
-
-    def accumulate(self, acc, weights, rows):
-        return acc + jnp.dot(weights, rows[...], preferred_element_type=jnp.float32)
-
-
-def _widened(codes, scales, rope):
-    """bf16 [S, D] of the three parts of `Fp8Rows`, as the gathering threads do it."""
-    scale = jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
-    scale = jnp.repeat(scale, 64, axis=-1)[:, : codes.shape[-1]]
-    return jnp.concatenate([(codes.astype(jnp.float32) * scale).astype(jnp.bfloat16), rope], axis=-1)
 
 
 def _block(plan: Plan, tokens: int, tile_count):
@@ -123,15 +59,17 @@ def _block(plan: Plan, tokens: int, tile_count):
 def _kernel(tile_count, count, index, sinks, q, window, entries, out, lse, *scratch, lane: Device, plan: Plan):
     block = _block(plan, q.shape[1], tile_count)
     warpgroup = jax.lax.axis_index("warpgroup")
+    scratch, extra = scratch[:SHARED], scratch[SHARED:]
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _attend(block, warpgroup, sinks, q, out, lse, *scratch, lane=lane, plan=plan)
+        plgpu.set_max_registers(lane.registers[0], action="increase")
+        attend = lambda lane, half: _attend(block, half, sinks, q, out, lse, *scratch, lane=lane, plan=plan)
+        lane.attend(warpgroup, attend, extra)
 
     @pl.when(warpgroup >= COMPUTE)
     def _gather():
-        plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(lane.registers[1], action="decrease")
         _fetch(block, warpgroup - COMPUTE, count, index, window, entries, *scratch, lane=lane, plan=plan)
 
 
@@ -172,7 +110,7 @@ def _attend(block, half, sinks, q, out, lse, q_tile, row_tiles, numbers, q_ready
     """Attend to all tiles of the share; the output of channels half * width / 2 .. is this warpgroup's."""
     b, t, head, split, low, high = block
     heads, first = pl.ds(head, HEADS), half * (plan.width // 2)
-    channels = [pl.ds(first + c, CHANNELS) for c in range(0, plan.width // 2, CHANNELS)]
+    channels = [pl.ds(first + c, lane.part) for c in range(0, plan.width // 2, lane.part)]
 
     @pl.when(half == 0)
     def _load():
@@ -190,20 +128,20 @@ def _attend(block, half, sinks, q, out, lse, q_tile, row_tiles, numbers, q_ready
         plgpu.barrier_arrive(empty.at[slot])
         return carry
 
-    zeros = [lane.full((HEADS, CHANNELS), 0.0) for _ in channels]
-    start = zeros, lane.full((HEADS,), EMPTY), lane.full((HEADS,), 0.0)
+    start = lane.zeros(len(channels)), lane.full((HEADS,), EMPTY), lane.full((HEADS,), 0.0)
     acc, peak, total = jax.lax.fori_loop(low, high, step, start)
     plgpu.barrier_arrive(done)
     plgpu.barrier_wait(done)  # both are through with q, whose place the output takes
+    shrink = lane.full((HEADS,), 1.0)
     if plan.splits == 1:
         sink = lane.load_lines(sinks.at[heads]) * LOG2E
         top = jnp.maximum(peak, sink)
-        total = total * jnp.exp2(peak - top) + jnp.exp2(sink - top)
-        acc = [_scale_lines(part, jnp.exp2(peak - top)) for part in acc]
+        shrink = jnp.exp2(peak - top)
+        total = total * shrink + jnp.exp2(sink - top)
         peak = top
     safe = jnp.where(total == 0, 1.0, total)
-    for part, here in zip(acc, channels, strict=True):
-        part = _scale_lines(part, 1 / safe)
+    for part, here in zip(lane.sums(acc), channels, strict=True):
+        part = scale_lines(part, shrink / safe)
         if plan.splits > 1:
             out[b, t, split, heads, here] = part
             continue
@@ -234,21 +172,13 @@ def _attend_tile(lane, q_tile, tile, numbers, channels, carry, scale):
     weights = jnp.exp2(logits - jax.lax.broadcast_in_dim(top, logits.shape, [0]))
     total = total * rescale + weights.sum(axis=1)
     weights = weights.astype(jnp.bfloat16)
-    acc = [
-        lane.accumulate(_scale_lines(part, rescale), weights, tile.at[:, here])
-        for part, here in zip(acc, channels, strict=True)
-    ]
+    acc = lane.accumulate(acc, rescale, weights, [tile.at[:, here] for here in channels])
     return acc, top, total
 
 
-def _scale_lines(x, factors):
-    return x * jax.lax.broadcast_in_dim(factors, x.shape, [0])
-
-
-def _call(plan: Plan, B: int, T: int, window_parts: int, entry_parts: int, interpret: Any):
+def _call(plan: Plan, lane: Device, B: int, T: int, window_parts: int, entry_parts: int, interpret: Any):
     """The compiled kernel's function; pools are passed in parts, one of bf16 rows, three of FP8."""
     D, H, P = plan.width, plan.head_tiles * HEADS, plan.splits
-    lane = Interpreted() if interpret else Device()
 
     def sparse_mla(tiles, count, index, sinks, q, *refs):
         window, refs = refs[:window_parts], refs[window_parts:]
@@ -262,13 +192,14 @@ def _call(plan: Plan, B: int, T: int, window_parts: int, entry_parts: int, inter
             jax.ShapeDtypeStruct((B, T, P, H), jnp.float32),
         ),
         scratch_types=[
-            plgpu.SMEM((1, HEADS, D), jnp.bfloat16, transforms=TILED),
-            plgpu.SMEM((GATHER, ROWS, D), jnp.bfloat16, transforms=TILED),
+            plgpu.SMEM((1, HEADS, D), jnp.bfloat16, transforms=tiled(lane.swizzle)),
+            plgpu.SMEM((GATHER, ROWS, D), jnp.bfloat16, transforms=tiled(lane.swizzle)),
             plgpu.SMEM((GATHER, ROWS), jnp.int32),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=GATHER),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=GATHER),
             plgpu.Barrier(num_arrivals=COMPUTE),
+            *lane.scratch(D),
         ],
         grid=(plan.head_tiles * plan.splits * B * T,),
         grid_names=("work",),
@@ -298,9 +229,9 @@ def sparse_mla_gpu(
     picks may hold anything. `interpret` is None, or Pallas's InterpretGPUParams for a run on CPU.
 
     Raises:
-      ValueError: the shapes disagree or do not fit the kernel, or the chip has no wgmma.
+      ValueError: the shapes disagree or do not fit the kernel, or the chip has neither wgmma nor tcgen05.
     """
-    require(chip, "sparse_mla_gpu", platform="cuda", generations=(90,))
+    lane = device_of(chip, "sparse_mla_gpu", interpret)
     check_shapes(q, positions, window, entries, picks, sinks)
     _check_operands(q, window, entries)
     (B, T, H, D), count = q.shape, jnp.zeros(q.shape[:2], jnp.int32)
@@ -319,7 +250,7 @@ def sparse_mla_gpu(
     plan = Plan(window_tiles, by_count, _splits(chip, B * T * H // HEADS, most), H // HEADS, D, scale)
     sinks = sinks.astype(jnp.float32)
     pools = _parts(window.rows), () if entries is None else _parts(entries)
-    call = _call(plan, B, T, len(pools[0]), len(pools[1]), interpret)
+    call = _call(plan, lane, B, T, len(pools[0]), len(pools[1]), interpret)
     out, lse = call(tiles, count, index, sinks, q, *pools[0], *pools[1])
     out, lse = _combine(out, lse, sinks) if plan.splits > 1 else (out[:, :, 0], lse[:, :, 0])
     return (out, lse) if return_lse else out

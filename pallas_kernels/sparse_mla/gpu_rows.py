@@ -1,8 +1,8 @@
 """Gathering KV rows into shared memory, one warpgroup at a time: the part of the GPU kernels that Pallas cannot say.
 
-A tile of 64 rows lies as wgmma reads it: atoms of 8 rows x 128 bytes, row groups outermost, the 16-byte pieces of a
-row exchanged by its number (the 128-byte swizzle). `piece_offset` is that layout; a test compares it with the one that
-Mosaic GPU uses itself.
+A tile of 64 rows lies as the tensor core reads it: atoms of 8 rows of `swizzle` bytes, 128 or 64, row groups
+outermost, the 16-byte pieces of a row exchanged by its number. `piece_offset` is that layout; a test compares it with
+the one that Mosaic GPU uses itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,23 @@ from jaxlib.mlir.dialects import arith, llvm
 
 ROWS = 64  # of one tile
 BATCH = 4  # rows of FP8 codes that a warp has on their way at once: half an atom
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-def piece_offset(row, piece, pieces: int):
+def tiled(swizzle: int) -> tuple:
+    """The transforms of bf16 shared memory whose atoms have lines of `swizzle` bytes."""
+    return plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)
+
+
+def exchange(row, swizzle: int):
+    """What the number of a piece within its line is exchanged by: the bits of the row above 128 bytes of lines."""
+    return row % 8 // (128 // swizzle)
+
+
+def piece_offset(row, piece, pieces: int, swizzle: int = 128):
     """Byte offset of 16-byte piece `piece` of row `row` in a tile whose rows have `pieces` of them."""
-    return row // 8 * (pieces * 128) + piece // 8 * 1024 + row % 8 * 128 + (piece % 8 ^ row % 8) * 16
+    wide = swizzle // 16
+    atom = row // 8 * (pieces * 128) + piece // wide * (8 * swizzle)
+    return atom + row % 8 * swizzle + (piece % wide ^ exchange(row, swizzle)) * 16
 
 
 def _i32(value):
@@ -68,13 +79,12 @@ def _counted_rows(start, count, warp, lane):
     return arith.select(arith.cmpi(arith.CmpIPredicate.slt, row, count), row, _i32(-1))
 
 
-def _copy_bf16(rows, tile, listed, warp, lane):
+def _copy_bf16(rows, tile, listed, warp, lane, swizzle):
     """A warp copies 16 rows, half a kibibyte at a time; a row number below zero gives zeros."""
     pieces = ir.MemRefType(rows.type).shape[-1] // 8
     source = arith.addi(_address(rows, 1), _i64(arith.muli(lane, _i32(16))))
     base = arith.addi(_address(tile, 3), arith.muli(warp, _i32(2 * pieces * 128)))
-    columns = arith.addi(base, arith.muli(arith.shrui(lane, _i32(3)), _i32(1024)))
-    inner = arith.muli(arith.andi(lane, _i32(7)), _i32(16))
+    columns, inner = _atom_of(base, lane, swizzle)
     for r in range(16):
         row = _broadcast(listed, _i32(r))
         picked = arith.cmpi(arith.CmpIPredicate.sge, row, _i32(0))
@@ -82,8 +92,16 @@ def _copy_bf16(rows, tile, listed, warp, lane):
         size = arith.select(picked, _i32(16), _i32(0))
         for first in range(0, pieces, 32):
             begin = arith.addi(arith.addi(source, start), _i64(_i32(first * 16)))
-            _copy_piece(columns, inner, (piece_offset(r, 0, pieces) & -128) + first * 128, begin, size)
+            line = r // 8 * (pieces * 128) + r % 8 * swizzle + first * 128
+            _copy_piece(columns, inner, line, exchange(r, swizzle) * 16, begin, size)
     _asm(None, [], "cp.async.wait_all;", "")
+
+
+def _atom_of(base, piece, swizzle):
+    """Where the atom of 16-byte piece `piece` starts, and the piece's bytes within a line of it."""
+    wide = swizzle // 16
+    atom = arith.muli(arith.divui(piece, _i32(wide)), _i32(8 * swizzle))
+    return arith.addi(base, atom), arith.muli(arith.remui(piece, _i32(wide)), _i32(16))
 
 
 def _load_codes(address, wanted):
@@ -117,22 +135,22 @@ def _widen(word, scale) -> list:
     return [_asm(i32, [word, scale], text % selector, "=r,r,r") for selector in ("0x1404", "0x3424")]
 
 
-def _store_piece(base, inner, line: int, words, wanted) -> None:
-    """Store 16 bytes at base + (inner ^ the row's bits) + line."""
-    text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $6, 0; xor.b32 a, $1, {line % 1024 // 128 * 16};
+def _store_piece(base, inner, line: int, bits: int, words, wanted) -> None:
+    """Store 16 bytes at base + (inner ^ bits) + line."""
+    text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $6, 0; xor.b32 a, $1, {bits};
       add.u32 a, a, $0; @p st.shared.v4.b32 [a + {line}], {{$2, $3, $4, $5}}; }}"""
     _asm(None, [base, inner, *words, wanted], text, "r,r,r,r,r,r,r")
 
 
-def _copy_piece(base, inner, line: int, source, size, wanted=None) -> None:
+def _copy_piece(base, inner, line: int, bits: int, source, size, wanted=None) -> None:
     """The same for 16 bytes copied from global memory on their own time; zeros where size is 0."""
     wanted = _i32(1) if wanted is None else wanted
-    text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $4, 0; xor.b32 a, $1, {line % 1024 // 128 * 16};
+    text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $4, 0; xor.b32 a, $1, {bits};
       add.u32 a, a, $0; @p cp.async.cg.shared.global.L2::128B [a + {line}], [$2], 16, $3; }}"""
     _asm(None, [base, inner, source, size, wanted], text, "r,r,l,r,r")
 
 
-def _copy_fp8(codes, scales, rope, tile, listed, warp, lane):
+def _copy_fp8(codes, scales, rope, tile, listed, warp, lane, swizzle):
     """A warp widens 16 rows: lane l the codes 16 l .. 16 l + 15; the rope channels are copied as they are."""
     code_bytes, scale_bytes = (ir.MemRefType(x.type).shape[-1] for x in (codes, scales))
     rope_pieces = ir.MemRefType(rope.type).shape[-1] // 8
@@ -145,16 +163,17 @@ def _copy_fp8(codes, scales, rope, tile, listed, warp, lane):
         arith.addi(_address(x, 1), _i64(offset)) for x, offset in zip((codes, scales, rope), offsets, strict=True)
     ]
     strides = code_bytes, scale_bytes, rope_pieces * 16
-    columns = arith.addi(base, arith.muli(arith.shrui(lane, _i32(2)), _i32(1024)))  # of pieces 2 l and 2 l + 1
-    rope_columns = arith.addi(base, _i32((pieces - rope_pieces) * 128))
-    inner = arith.muli(arith.andi(lane, _i32(3)), _i32(32))
+    columns, inner = _atom_of(base, arith.muli(lane, _i32(2)), swizzle)  # of pieces 2 l and 2 l + 1
+    rope_columns, rope_inner = _atom_of(arith.addi(base, _i32((pieces - rope_pieces) * 128)), lane, swizzle)
 
     # Half the rows of an atom at a time: a loop, lest all addresses be formed ahead and take up the registers.
     @mgpu.utils.fori(_i32(16 // BATCH), ())
     def _batch(i, _):
         odd = arith.andi(i, _i32(1))
-        line = arith.addi(arith.muli(arith.shrui(i, _i32(1)), _i32(pieces * 128)), arith.muli(odd, _i32(512)))
-        swizzle = arith.muli(odd, _i32(64))
+        line = arith.addi(
+            arith.muli(arith.shrui(i, _i32(1)), _i32(pieces * 128)), arith.muli(odd, _i32(BATCH * swizzle))
+        )
+        half = arith.muli(odd, _i32(exchange(BATCH, swizzle) * 16))
         loaded = []
         for r in range(BATCH):
             row = _broadcast(listed, arith.addi(arith.muli(i, _i32(BATCH)), _i32(r)))
@@ -164,19 +183,19 @@ def _copy_fp8(codes, scales, rope, tile, listed, warp, lane):
             wanted = arith.andi(has_codes, arith.extui(lane.type, picked))
             loaded.append((_load_codes(at[0], wanted), _load_scale(at[1], wanted)))
             size = arith.select(picked, _i32(16), _i32(0))
-            bits = arith.xori(arith.andi(offsets[2], _i32(127)), swizzle)
-            _copy_piece(arith.addi(rope_columns, line), bits, r * 128, at[2], size, has_rope)
+            place = arith.addi(rope_columns, line), arith.xori(rope_inner, half), r * swizzle
+            _copy_piece(*place, exchange(r, swizzle) * 16, at[2], size, has_rope)
         for r, (words, scale) in enumerate(loaded):
             wide = [half for word in words for half in _widen(word, scale)]
             for k in range(2):
-                bits = arith.xori(arith.xori(inner, _i32(16 * k)), swizzle)
-                _store_piece(arith.addi(columns, line), bits, r * 128, wide[4 * k : 4 * k + 4], has_codes)
+                place = arith.addi(columns, line), arith.xori(arith.xori(inner, _i32(16 * k)), half), r * swizzle
+                _store_piece(*place, exchange(r, swizzle) * 16, wide[4 * k : 4 * k + 4], has_codes)
         return ()
 
     _asm(None, [], "cp.async.wait_all;", "")
 
 
-def copy_rows(rows: tuple, listed, tile, numbers) -> None:
+def copy_rows(rows: tuple, listed, tile, numbers, swizzle: int) -> None:
     """Fill tile [64, D] bf16 with rows that are listed; a row number of -1 gives zeros.
 
     The calling warpgroup's threads have each waited for their own copies on return.
@@ -184,7 +203,7 @@ def copy_rows(rows: tuple, listed, tile, numbers) -> None:
     Args:
       rows: one reference, [S, D] bf16; or three, of `Fp8Rows`: codes, scales, rope.
       listed: a reference to int32 [64] row numbers; or (start, count), for the rows start .. start + 63 below count.
-      tile: shared memory with the transforms TILED.
+      tile: shared memory with the transforms `tiled(swizzle)`.
       numbers: shared memory int32 [64], set to the row numbers.
     """
     by_count = isinstance(listed, tuple)
@@ -192,7 +211,7 @@ def copy_rows(rows: tuple, listed, tile, numbers) -> None:
     list_type = (scalar, scalar) if by_count else plgpu.RefType()
     row_types = tuple(plgpu.RefType() for _ in rows)
 
-    @plgpu.inline_mgpu(arg_types=(row_types, list_type, plgpu.RefType(TILED), plgpu.RefType()))
+    @plgpu.inline_mgpu(arg_types=(row_types, list_type, plgpu.RefType(tiled(swizzle)), plgpu.RefType()))
     def copy(_, rows, listed, tile, numbers):
         warp, lane = _threads()
         if by_count:
@@ -202,9 +221,9 @@ def copy_rows(rows: tuple, listed, tile, numbers) -> None:
             mine = _listed_rows(listed, warp, lane)
         _asm(None, [arith.addi(_address(numbers, 3), _entry(warp, lane, 4)), mine], "st.shared.b32 [$0], $1;", "r,r")
         if len(rows) == 1:
-            _copy_bf16(rows[0], tile, mine, warp, lane)
+            _copy_bf16(rows[0], tile, mine, warp, lane, swizzle)
         else:
             codes, scales, rope = rows
-            _copy_fp8(codes, scales, rope, tile, mine, warp, lane)
+            _copy_fp8(codes, scales, rope, tile, mine, warp, lane, swizzle)
 
     copy(rows, listed, tile, numbers)

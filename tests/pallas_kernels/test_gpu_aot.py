@@ -36,6 +36,13 @@ EXPERTS = [
     (1, 6, 256, 4096, 4096, False),
     (128, 448, 256, 4096, 2048, False),
 ]
+# (sequences, tokens, heads, listed entries or None, rows in 8 bits)
+ATTENTION = [
+    *((4, 1, 64, picks, coded) for picks in (512, None) for coded in (False, True)),
+    (64, 2, 128, 1024, True),
+    (1, 2048, 64, 512, False),
+    (1, 2048, 128, None, True),
+]
 
 
 def cases() -> list[Case]:
@@ -44,6 +51,7 @@ def cases() -> list[Case]:
     return [
         *named("fp8_matmul", ("rows", "N", "K", "codes"), fp8),
         *named("output_projection", ("rows", "H", "groups"), OUTPUT),
+        *named("sparse_mla", ("B", "T", "H", "picks", "coded"), ATTENTION),
         *named("expert_matmul", ("rows", "blocks", "E", "N", "K", "packed"), EXPERTS),
     ]
 
@@ -57,12 +65,14 @@ def test_nothing_spills(name):
         assert kernel["spill_bytes"] == 0 and kernel["stack_bytes"] == 0, report
 
 
-@pytest.fixture(scope="module")
-def step():
-    """A decode step with one draft, compiled for an H100: its memory, its kernels, and when its regions start."""
+@pytest.fixture(scope="module", params=["H100", "B200"])
+def step(request):
+    """A decode step with one draft, compiled for a GPU: its memory, its kernels, and when its regions start."""
     flags = "--xla_gpu_enable_triton_gemm=false"  # its tiles are chosen by timing, which is not to be had
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": search_path(), "XLA_FLAGS": flags}
-    child = subprocess.run([sys.executable, __file__, "H100"], env=env, capture_output=True, text=True, timeout=800)
+    child = subprocess.run(
+        [sys.executable, __file__, request.param], env=env, capture_output=True, text=True, timeout=800
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     return json.loads(child.stdout.splitlines()[-1])
 

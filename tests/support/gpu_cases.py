@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from pallas_kernels.chips import Chip
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
+from pallas_kernels.kv_rows import empty_rows
+from pallas_kernels.sparse_mla import FirstN, Indices, Window
+from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 
 CODES = jnp.float8_e4m3fn
 
@@ -40,3 +43,13 @@ def expert_matmul(chip: Chip, rows: int, blocks: int, E: int, N: int, K: int, pa
         w, scale = array(jnp.uint8, E, N, K // 2), array(jnp.uint8, E, N, K // 32)
     args = [array(jnp.bfloat16, rows * blocks, K), array(jnp.int32, blocks), array(jnp.int32), w, scale]
     return functools.partial(expert_matmul_gpu, packed=packed, chip=chip), args
+
+
+def sparse_mla(chip: Chip, B: int, T: int, H: int, picks: int | None, coded: bool, N: int = 8192, D: int = 512):
+    """T queries a sequence, of each `picks` listed entries; None: the first so many. Rows in 8 bits, or bfloat16."""
+    rows = lambda n: jax.eval_shape(lambda: empty_rows((B, n, D), 64)) if coded else array(jnp.bfloat16, B, n, D)
+    held, some = T + 127, array(jnp.int32, B, T)
+    window = Window(rows(held), array(jnp.int32, B, held), 128, is_band=T > 16)
+    chosen = FirstN(some) if picks is None else Indices(array(jnp.int32, B, T, picks))
+    args = [array(jnp.bfloat16, B, T, H, D), some, window, rows(N), chosen, array(jnp.float32, H)]
+    return functools.partial(sparse_mla_gpu, scale=D**-0.5, chip=chip), args
