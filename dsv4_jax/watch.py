@@ -22,8 +22,8 @@ from dsv4_jax.schedule import AsyncSchedule
 class StreamStats(Stats):
     """`Stats` of a stream, and when its tokens came.
 
-    first_seconds: until the first token of each row was there. warm_tokens came after the first step, in warm_seconds:
-    everything was compiled by then.
+    first_seconds: until the first token of each row was there. warm_tokens came after the first call of a step (or, on
+    a CPU, of a few), in warm_seconds: everything was compiled by then.
     """
 
     first_seconds: float = 0.0
@@ -42,9 +42,10 @@ class StreamStats(Stats):
 class _Log:
     """What a schedule saw of a run."""
 
-    steps: int = 0  # whose results the host has fetched
+    steps: int = 0  # that gave tokens, of those whose results the host has fetched
+    calls: int = 0  # that they took
     drafts: Any = None  # of the newest state
-    first_step: float = 0.0  # when the first one's results were there
+    first_call: float = 0.0  # when the first one's results were there
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ class _WatchedSchedule(AsyncSchedule):
             self.log.drafts = state.drafts
             return state, out
 
-        for out in super().run(watched, state, steps):
-            self.log.steps += 1
-            self.log.first_step = self.log.first_step or time.perf_counter()
-            yield out
+        for new, ended in super().run(watched, state, steps):
+            self.log.steps += int((new >= 0).any((0, 2)).sum())
+            self.log.calls += 1
+            self.log.first_call = self.log.first_call or time.perf_counter()
+            yield new, ended
 
 
 class WatchedStream:
@@ -86,7 +88,7 @@ class WatchedStream:
             if self._new == 0:
                 self._first = self._last
             self._new += count
-            self._warm += count if self._log.steps > 1 else 0
+            self._warm += count if self._log.calls > 1 else 0
             yield event
 
     @property
@@ -101,7 +103,7 @@ class WatchedStream:
             accepted,
             self._first - self._began,
             self._warm,
-            self._last - self._log.first_step if self._warm else 0.0,
+            self._last - self._log.first_call if self._warm else 0.0,
         )
 
     def _drafts(self) -> tuple[tuple[int, ...], int]:

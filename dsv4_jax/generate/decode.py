@@ -179,6 +179,33 @@ def decode_step(
     return DecodeState(token, done, produced, Cache(cache.layers, start + kept), drafts), new
 
 
+def decode_steps(
+    model: DeepseekV4, state: DecodeState, sampler: Sampler, keys, stop, limit, steps: int, drafter=None, alone=False
+) -> tuple[DecodeState, jax.Array, jax.Array]:
+    """`steps` of `decode_step`, fewer once every row has ended.
+
+    Returns:
+      The state; the new tokens of each step int32 [B, steps, 1 + drafts], padded with -1; and whether a row had ended
+      after it, bool [B, steps].
+    """
+    run = lambda state: decode_step(model, state, sampler, keys, stop, limit, drafter, alone)
+    if steps == 1:
+        state, new = run(state)
+        return state, new[:, None], state.done[:, None]
+    B, width = state.token.shape[0], 1 + (0 if drafter is None else drafter.count)
+
+    def body(carry):
+        i, state, new, done, _ = carry
+        state, some = run(state)
+        more = (i + 1 < steps) & is_unfinished(model, state)
+        return i + 1, state, new.at[:, i].set(some), done.at[:, i].set(state.done), more
+
+    new, done = jnp.full((B, steps, width), -1, jnp.int32), jnp.ones((B, steps), bool)
+    carry = (jnp.int32(0), state, new, done, is_unfinished(model, state))
+    _, state, new, done, _ = jax.lax.while_loop(lambda c: c[4], body, carry)
+    return state, new, done
+
+
 def generate_tokens(
     model: DeepseekV4,
     tokens: jax.Array,

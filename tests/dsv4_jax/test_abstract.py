@@ -118,13 +118,14 @@ def test_one_trace_per_kind_of_layer():
     assert len(set(re.findall(r"func\.func private @(run_layer\w*)", lowered))) == len(kinds)
 
 
-def test_the_cache_is_donated(tiny):
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_cache_is_donated(tiny, steps):
     from dsv4_jax.generate import api, prepare
 
     state, sampler, keys, stop, limit = decode_inputs(tiny)
     keys = jax.eval_shape(jax.random.key_data, keys)
     inputs = (*prepare.split(tiny), limit, sampler, keys, stop, state)
-    lowered = api._step.lower(*inputs, drafter=None, alone=False)
+    lowered = api._steps.lower(*inputs, steps=steps, drafter=None, alone=False)
     alias = lowered.compile().memory_analysis().alias_size_in_bytes
     cache_bytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert alias >= 0.99 * cache_bytes

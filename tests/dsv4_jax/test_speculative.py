@@ -191,14 +191,14 @@ def test_sampled_drafts_follow_the_target_distribution():
 
 
 def start_decoding(model, tokens: np.ndarray, drafter, new: int, shapes: Shapes):
-    """The state after prefill, and a function that runs (or, given `api._step.lower`, lowers) one step."""
+    """The state after prefill, and a function that runs (or, given `api._steps.lower`, lowers) one step."""
     keys = np.asarray(jax.random.key_data(row_keys(jnp.uint32(0), 1)))
     rest = (np.full(1, new, np.int32), Greedy(), keys, np.full(8, -2, np.int32))
     length = np.asarray([tokens.shape[1]], np.int32)
     padded = np.pad(tokens, ((0, 0), (0, shapes.prompt - tokens.shape[1]))).astype(np.int32)
     parts, how = prepare.split(model), {"drafter": drafter, "alone": False}
     state, _ = api._start(*parts, padded, length, *rest, shapes=shapes, **how)
-    return state, lambda state, run=api._step: run(*parts, *rest, state, **how)
+    return state, lambda state, run=api._steps: run(*parts, *rest, state, steps=1, **how)
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_drafts_take_ring_slack_and_nothing_else():
     for drafts in (0, 4):
         drafter = MtpDrafter(drafts) if drafts else None
         state, step = start_decoding(model, prompt(9), drafter, 9, Shapes(64, 16, 65536, 64))
-        sizes = step(state, api._step.lower).compile().memory_analysis()
+        sizes = step(state, api._steps.lower).compile().memory_analysis()
         held[drafts] = nbytes(state.cache)
         assert sizes.alias_size_in_bytes >= 0.99 * nbytes(state)
         assert sizes.temp_size_in_bytes < 0.2 * held[drafts]
