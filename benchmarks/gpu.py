@@ -24,7 +24,7 @@ from rich.table import Table
 from dsv4_jax.kernels import XlaKernels, grouped_output
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize
 from dsv4_jax.rope import Rotation
-from pallas_kernels.chips import Chip, chip_of, require
+from pallas_kernels.chips import MOSAIC_GPUS, Chip, chip_of, require
 from pallas_kernels.expert_matmul import expert_matmul
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul import fp8_matmul, grouped_output_projection
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if device.platform not in ("gpu", "cuda"):
         raise RuntimeError(f"needs an NVIDIA GPU (H100, H200 or B200); the first device is {device.device_kind!r}")
     target = chip_of(device)
-    require(target, "benchmarks gpu", platform="cuda", generations=(90, 100))
+    require(target, "benchmarks gpu", platform="cuda", generations=MOSAIC_GPUS)
     began = time.perf_counter()
     checks = [check(*case) for case in checked_cases(target)]
     shapes, left_out = [], []

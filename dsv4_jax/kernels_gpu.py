@@ -17,14 +17,12 @@ from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Weight
 from dsv4_jax.rope import Rotation
-from pallas_kernels.chips import Chip, require
+from pallas_kernels.chips import MOSAIC_GPUS, Chip, require
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 from pallas_kernels.sparse_mla.gpu_device import HEADS
-
-GENERATIONS = 90, 100  # compute capabilities, times ten, that the kernels are written for
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class GpuKernels(XlaKernels):
 
     def __post_init__(self):
         with or_xla():
-            require(self.chip, "kernels='gpu'", platform="cuda", generations=GENERATIONS)
+            require(self.chip, "kernels='gpu'", platform="cuda", generations=MOSAIC_GPUS)
 
     @property
     def _options(self):

@@ -90,6 +90,7 @@ CHIPS: dict[str, Chip] = {
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "tpu")
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "cuda")
+MOSAIC_GPUS = 90, 100  # generations of GPUs that kernels are written for: those with wgmma, and with tcgen05
 
 TPU_KINDS = {
     "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",

@@ -211,7 +211,10 @@ def stream(
     drafts: int = 0,
     deterministic: bool = False,
 ) -> Iterator[StreamEvent]:
-    """As `generate`, token by token over the same step; yields StreamEvents while the next steps run."""
+    """As `generate`, token by token over the same step; yields StreamEvents while the next steps run.
+
+    On a CPU they come CPU_STEPS steps at a time.
+    """
     request = Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
     return _events(model, request, max_new_tokens)
 

@@ -28,10 +28,11 @@ from dsv4_jax.generate.decode import DecodeState, decode_step
 from dsv4_jax.generate.sampling import Greedy
 from dsv4_jax.generate.speculative import Drafts, MtpDrafter
 from dsv4_jax.kernels import Kernels, TpuKernels, XlaKernels
-from dsv4_jax.kernels_gpu import GENERATIONS, GpuKernels
+from dsv4_jax.kernels_gpu import GpuKernels
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.plan.topology import Topology, parse_topology
 from dsv4_jax.sharding import Parallel, named_mesh
+from pallas_kernels.chips import MOSAIC_GPUS
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "f4e2m1fn": 4, "f8e8m0fnu": 8}
@@ -70,7 +71,7 @@ def strategy(topology: Topology, name: str = "auto") -> Kernels:
     """What "auto" would choose on these devices, but with the kernels for GPUs where they exist."""
     if name not in ("auto", "xla", topology.chip.platform.replace("cuda", "gpu")):
         raise ValueError(f"kernels={name!r} is not for {topology.chip.name}; choose 'auto' or 'xla'")
-    if name == "xla" or topology.chip.platform == "cuda" and topology.chip.generation not in GENERATIONS:
+    if name == "xla" or topology.chip.platform == "cuda" and topology.chip.generation not in MOSAIC_GPUS:
         return XlaKernels()
     return TpuKernels(topology.chip) if topology.chip.platform == "tpu" else GpuKernels(topology.chip)
 

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.chips import Chip, require
+from pallas_kernels.chips import MOSAIC_GPUS, Chip, require
 from pallas_kernels.formats import decode_e2m1, decode_e8m0, unpack_fp4
 
 CODE_TILE = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
@@ -26,7 +26,7 @@ LINES, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 def device_of(chip: Chip, op: str, interpret: Any) -> Device:
     """What `chip` multiplies with, or its stand-in; ValueError if there is neither."""
-    require(chip, op, platform="cuda", generations=(90, 100))
+    require(chip, op, platform="cuda", generations=MOSAIC_GPUS)
     device = Device() if chip.generation == 90 else Blackwell()
     return Interpreted(device) if interpret else device
 

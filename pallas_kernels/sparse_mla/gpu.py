@@ -1,11 +1,10 @@
 """Sparse MLA on NVIDIA GPUs, by Mosaic GPU: Hopper (sm_90a, wgmma) and Blackwell (sm_100a, tcgen05).
 
 One thread block attends one query's tile of 64 heads (the M of every product) to 64 rows at a time. Four warpgroups:
-0 and 1 compute, each holding the output of half the channels in registers (64 x 256 fp32, 128 registers a thread); how
-they multiply is `gpu_device.py`'s. 2 and 3 gather, each into a row tile of its own: one fills
-while the other is attended to. K = V, so a gathered tile serves both products. The rows of a query are a list, its
-window rows before its picked entries; at decode several blocks share the list and their outputs are combined by
-log-sum-exp.
+0 and 1 compute, each the output of half the channels (64 x 256 fp32); how they multiply, and where sums are held, is
+`gpu_device.py`'s. 2 and 3 gather, each into a row tile of its own: one fills while the other is attended to. K = V, so
+a gathered tile serves both products. The rows of a query are a list, its window rows before its picked entries; at
+decode several blocks share the list and their outputs are combined by log-sum-exp.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.chips import Chip, require
+from pallas_kernels.chips import MOSAIC_GPUS, Chip, require
 from pallas_kernels.sparse_mla.gpu_rows import ROWS, copy_rows, tiled
 
 HEADS = 64  # heads of one block
@@ -22,7 +22,7 @@ LINES, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 def device_of(chip: Chip, op: str, interpret: Any) -> Device:
     """What `chip` multiplies with, or its stand-in; ValueError if there is neither."""
-    require(chip, op, platform="cuda", generations=(90, 100))
+    require(chip, op, platform="cuda", generations=MOSAIC_GPUS)
     device = Device() if chip.generation == 90 else Blackwell()
     return Interpreted(device) if interpret else device
 

@@ -92,8 +92,7 @@ def _copy_bf16(rows, tile, listed, warp, lane, swizzle):
         size = arith.select(picked, _i32(16), _i32(0))
         for first in range(0, pieces, 32):
             begin = arith.addi(arith.addi(source, start), _i64(_i32(first * 16)))
-            line = r // 8 * (pieces * 128) + r % 8 * swizzle + first * 128
-            _copy_piece(columns, inner, line, exchange(r, swizzle) * 16, begin, size)
+            _copy_piece(columns, inner, piece_offset(r, first, pieces, swizzle), swizzle, begin, size)
     _asm(None, [], "cp.async.wait_all;", "")
 
 
@@ -135,16 +134,18 @@ def _widen(word, scale) -> list:
     return [_asm(i32, [word, scale], text % selector, "=r,r,r") for selector in ("0x1404", "0x3424")]
 
 
-def _store_piece(base, inner, line: int, bits: int, words, wanted) -> None:
-    """Store 16 bytes at base + (inner ^ bits) + line."""
+def _store_piece(base, inner, offset: int, swizzle: int, words, wanted) -> None:
+    """Store 16 bytes at base + `offset` of a line's first piece, exchanged by the piece's own bytes `inner`."""
+    line, bits = offset & -swizzle, offset & (swizzle - 1)
     text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $6, 0; xor.b32 a, $1, {bits};
       add.u32 a, a, $0; @p st.shared.v4.b32 [a + {line}], {{$2, $3, $4, $5}}; }}"""
     _asm(None, [base, inner, *words, wanted], text, "r,r,r,r,r,r,r")
 
 
-def _copy_piece(base, inner, line: int, bits: int, source, size, wanted=None) -> None:
+def _copy_piece(base, inner, offset: int, swizzle: int, source, size, wanted=None) -> None:
     """The same for 16 bytes copied from global memory on their own time; zeros where size is 0."""
     wanted = _i32(1) if wanted is None else wanted
+    line, bits = offset & -swizzle, offset & (swizzle - 1)
     text = f"""{{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $4, 0; xor.b32 a, $1, {bits};
       add.u32 a, a, $0; @p cp.async.cg.shared.global.L2::128B [a + {line}], [$2], 16, $3; }}"""
     _asm(None, [base, inner, source, size, wanted], text, "r,r,l,r,r")
@@ -183,13 +184,14 @@ def _copy_fp8(codes, scales, rope, tile, listed, warp, lane, swizzle):
             wanted = arith.andi(has_codes, arith.extui(lane.type, picked))
             loaded.append((_load_codes(at[0], wanted), _load_scale(at[1], wanted)))
             size = arith.select(picked, _i32(16), _i32(0))
-            place = arith.addi(rope_columns, line), arith.xori(rope_inner, half), r * swizzle
-            _copy_piece(*place, exchange(r, swizzle) * 16, at[2], size, has_rope)
+            place, offset = arith.addi(rope_columns, line), piece_offset(r, 0, pieces, swizzle)
+            _copy_piece(place, arith.xori(rope_inner, half), offset, swizzle, at[2], size, has_rope)
         for r, (words, scale) in enumerate(loaded):
-            wide = [half for word in words for half in _widen(word, scale)]
+            wide = [pair for word in words for pair in _widen(word, scale)]
+            place, offset = arith.addi(columns, line), piece_offset(r, 0, pieces, swizzle)
             for k in range(2):
-                place = arith.addi(columns, line), arith.xori(arith.xori(inner, _i32(16 * k)), half), r * swizzle
-                _store_piece(*place, exchange(r, swizzle) * 16, wide[4 * k : 4 * k + 4], has_codes)
+                mine = arith.xori(arith.xori(inner, _i32(16 * k)), half)
+                _store_piece(place, mine, offset, swizzle, wide[4 * k : 4 * k + 4], has_codes)
         return ()
 
     _asm(None, [], "cp.async.wait_all;", "")
