@@ -61,13 +61,13 @@ class Attention(nnx.Module, abc.ABC):
     def __call__(self, x: jax.Array, rope: RopeTable, cache: LayerCache, step: Step) -> tuple[jax.Array, LayerCache]:
         """x [B, T, M] -> [B, T, M] and the layer's cache after this step."""
         rotation, fork = rope(step.positions), self.schedule.fork
-        latent, kv, *inputs = fork(
-            lambda: self.q_a_norm(self._project(x, self.q_a_proj)),
-            lambda: self._rounding(cache.window)(self._rows(x, rotation)),
-            *self.inputs(x, step),
-        )
+        (latent, rows), *inputs = fork(lambda: self._latents(x), *self.inputs(x, step))
         compress = self.compress(inputs, latent, rotation, rope, cache, step)
-        query, *compressed = fork(lambda: self._query(latent, rotation), *compress)
+        query, kv, *compressed = fork(
+            lambda: self._query(latent, rotation),
+            lambda: self._rounding(cache.window)(apply_rope(self.kv_norm(rows), rotation)),
+            *compress,
+        )
         window, ring = extend_window(cache.window, kv, step, self.window, self.kernels.put_rows)
         entries, picks, cache = self.gather(compressed, cache, step)
         query, sinks = self._pad_heads(query)
@@ -92,20 +92,24 @@ class Attention(nnx.Module, abc.ABC):
     ) -> tuple[StoredRows | None, Picks | None, LayerCache]:
         """What those branches gave -> the entries on offer, each query's picks, and the cache."""
 
-    def _rows(self, x: jax.Array, rotation: Rotation) -> jax.Array:
-        """x [B, T, M] -> KV rows [B, T, D], normed and rotated."""
-        return apply_rope(self.kv_norm(self._project(x, self.kv_proj)), rotation)
+    def _latents(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, M] -> the queries' latent [B, T, Q], normed, and KV rows [B, T, D] as they are projected."""
+        latent, rows = self._project(x, self.q_a_proj, self.kv_proj)
+        return self.q_a_norm(latent), rows
 
     def _rounding(self, held: StoredRows) -> Callable[[jax.Array], jax.Array]:
         """What rounds KV rows for `held`; nothing where that holds 8 bits, which are the same rounding."""
         return (lambda rows: rows) if isinstance(held, Fp8Rows) else lambda rows: self.numerics.kv(rows, self.rope_dim)
 
-    def _project(self, x: jax.Array, w: nnx.Param) -> jax.Array:
-        return self.kernels.project(self.numerics.activations(x, w.get_value()), w.get_value())
+    def _project(self, x: jax.Array, *weights: nnx.Param) -> tuple[jax.Array, ...]:
+        """x times each weight; all are quantised alike, or none is."""
+        values = [w.get_value() for w in weights]
+        return self.kernels.project_each(self.numerics.activations(x, values[0]), *values)
 
     def _query(self, latent: jax.Array, rotation: Rotation) -> jax.Array:
         """Latent [B, T, Q] -> [B, T, H, D], normed per head without a weight, then rotated."""
-        q = self._project(latent, self.q_b_proj).reshape(*latent.shape[:2], self.heads, self.dim)
+        (q,) = self._project(latent, self.q_b_proj)
+        q = q.reshape(*latent.shape[:2], self.heads, self.dim)
         return self.kernels.norm_heads(q, rotation, self.eps)
 
     def _pad_heads(self, query: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ from dsv4_jax.streams import collapse, expand
 from pallas_kernels.chips import Chip, chip, chip_of, require
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
-from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, fp8_matmuls_tpu, grouped_output_projection_tpu
 from pallas_kernels.head_norm import norm_heads, norm_heads_tpu
 from pallas_kernels.hyper_connection import collapse as plain_collapse
 from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
@@ -65,6 +65,10 @@ class AttentionKernels(abc.ABC):
     @abc.abstractmethod
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
         """x [..., K] times w [N, K] -> [..., N] in x.dtype; see `linear.linear`."""
+
+    def project_each(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+        """`project` of the same x with each weight; one kernel, where a platform gains by it."""
+        return tuple(self.project(x, w) for w in weights)
 
     @abc.abstractmethod
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
@@ -218,6 +222,13 @@ class TpuKernels(XlaKernels):
             return linear(x, w)
         kernel = lambda x, w: fp8_matmul_tpu(x, w.data, w.scale, **self._options)
         return differentiable(kernel, linear, x, w)
+
+    def project_each(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+        if not all(is_fp8(w) for w in weights):
+            return super().project_each(x, *weights)
+        kernel = lambda x, *w: tuple(fp8_matmuls_tpu(x, [(each.data, each.scale) for each in w], **self._options))
+        plain = lambda x, *w: tuple(linear(x, each) for each in w)
+        return differentiable(kernel, plain, x, *weights)
 
     def round_rows(self, x: jax.Array) -> jax.Array:
         if x.shape[-1] % LANES:  # of a model smaller than the published

@@ -1,8 +1,8 @@
 """AsyncSchedule: which independent branches of a layer may overlap, and how many steps the host keeps in flight.
 
 A model makes one and hands it to every layer, MTP layers included. The branches, in the order in which a layer forks:
-inputs (the query's latent; beside it KV rows and what compressor and indexer project), entries (the query; beside it
-compressor and indexer), experts (the routed ones; beside them the shared one).
+inputs (the latents of queries and of KV rows; beside them what compressor and indexer project), entries (the query;
+beside it KV rows, compressor and indexer), experts (the routed ones; beside them the shared one).
 """
 
 from __future__ import annotations

@@ -9,14 +9,18 @@ two ways to treat a tile of weights (`TpuConfig.fold`):
 * Where many rows share a tile and the unit sums over 256 channels, weights are widened to bfloat16 with their scale
   first. Scales that are powers of two make this exact (products below 2^-126 count as zero).
 
-The grouped form reads, for the columns of a group, the channels of that group; the inverse rotation is applied to a
-tile of x as it comes.
+Scales stay as they are stored: the kernel holds all of a weight's and decodes those that a step needs.
+
+Several weights may be multiplied by the same x in one kernel, whose every step takes a tile of each: what has to be
+waited for before the first product is waited for once. The grouped form reads, for the columns of a group, the channels
+of that group; the inverse rotation is applied to a tile of x as it comes.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
-from pallas_kernels.formats import decode_e4m3
+from pallas_kernels.formats import decode_e4m3, decode_e8m0
 from pallas_kernels.fp8_matmul.reference import (
     BLOCK,
     block_rows,
@@ -40,17 +44,21 @@ from pallas_kernels.fp8_matmul.tuning import TpuConfig, default_config
 
 NO_SIGN, SIGN = 0x7F7F7F7F, -0x7F7F7F80  # of four codes in a word
 B11_FACTOR = 16.0  # an e4m3fn value over the e4m3b11fnuz value of the same bits
+SCALE_ROWS = 32  # of 8 bits each that fill a register
 VMEM_SHARE = 0.5  # of the vector memory that a kernel may plan with
 BY_COLUMNS = (((1,), (1,)), ((), ()))  # contract the last axis of both
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fixed when the kernel is compiled; sizes are those of the whole operands, channels those of one group."""
+    """What is fixed when the kernel is compiled; sizes are those of the whole operands, channels those of one group.
+
+    columns: of each weight; a tile's columns (`config.columns`) are shared out in proportion.
+    """
 
     config: TpuConfig
     rows: int
-    columns: int
+    columns: tuple[int, ...]
     channels: int
     groups: int
     head_dim: int  # channels after which the rotation repeats; 0: no rotation
@@ -61,17 +69,17 @@ class Plan:
     @property
     def grid(self) -> tuple[int, int, int]:
         c = self.config
-        return pl.cdiv(self.rows, c.rows), pl.cdiv(self.columns, c.columns), pl.cdiv(self.channels, c.channels)
+        return pl.cdiv(self.rows, c.rows), pl.cdiv(sum(self.columns), c.columns), pl.cdiv(self.channels, c.channels)
 
     @property
-    def column_blocks(self) -> range:
-        """Scaling blocks in a tile's columns."""
-        return range(pl.cdiv(self.config.columns, BLOCK))
+    def tiles(self) -> tuple[int, ...]:
+        """Columns of each weight in a tile."""
+        return tuple(self.config.columns * columns // sum(self.columns) for columns in self.columns)
 
     @property
     def columns_per_group(self) -> int:
         """Tiles of columns that read the same channels."""
-        return max(self.columns // self.groups // self.config.columns, 1)
+        return max(sum(self.columns) // self.groups // self.config.columns, 1)
 
 
 def mxu_codes(codes: jax.Array, native: bool) -> jax.Array:
@@ -101,16 +109,37 @@ def _turned_blocks(x_ref, tables, plan: Plan) -> dict[int, jax.Array]:
     return {start: rotate_back(x_ref[:, start : start + BLOCK], own, partner) for start in starts}
 
 
-def _scale_row(scale_ref, plan: Plan, block: int) -> jax.Array:
+def _scales(scale_ref, window_ref, columns: int, plan: Plan) -> list[jax.Array]:
+    """Of each 128 of a tile's `columns`, fp32 [1, 128]: the scales of the tile's blocks of channels come first."""
+    n, k, blocks, held = pl.program_id(1), pl.program_id(2), pl.cdiv(columns, BLOCK), scale_ref.shape[0]
+    rows = max(SCALE_ROWS, blocks)
+    if held % rows or rows % SCALE_ROWS or rows % blocks:  # the tile's may not lie in one whole register
+        rows = held
+    start: Any = n * blocks // rows * rows if rows < held else 0
+    codes = scale_ref[pl.ds(pl.multiple_of(start, SCALE_ROWS), rows), :] if rows < held else scale_ref[...]
+    window_ref[:rows, : scale_ref.shape[1]] = _decode_scale(codes) * (1.0 if plan.native else B11_FACTOR)
+    found = [window_ref[pl.ds(n * blocks - start + i, 1), :] for i in range(blocks)]
+    if plan.grid[2] == 1:
+        return found
+    width = window_ref.shape[1]
+    shift = jax.lax.rem(width - k * (plan.config.channels // BLOCK), width)
+    return [pltpu.roll(row, shift, 1) for row in found]
+
+
+def _decode_scale(scale: jax.Array) -> jax.Array:
+    return decode_e8m0(scale) if scale.dtype == jnp.uint8 else scale
+
+
+def _scale_row(scales: list[jax.Array], columns: int, block: int) -> jax.Array:
     """The scales of a tile's columns at one of its blocks of channels, [1, columns]."""
-    scales = [jnp.broadcast_to(scale_ref[0, 0, i : i + 1, block : block + 1], (1, BLOCK)) for i in plan.column_blocks]
-    return jnp.concatenate(scales, axis=1)[:, : plan.config.columns]
+    parts = [jnp.broadcast_to(row[:, block : block + 1], (1, BLOCK)) for row in scales]
+    return jnp.concatenate(parts, axis=1)[:, :columns]
 
 
-def _sum_by_blocks(scale_ref, x_ref, w_ref, tables, x_scale_ref, plan: Plan) -> jax.Array:
+def _sum_by_blocks(scales, x_ref, w_ref, tables, x_scale_ref, plan: Plan) -> jax.Array:
     """fp32 [rows, columns] over the channels of a tile, 128 at a time."""
     total: Any = None
-    width = plan.config.channels
+    columns, width = w_ref.shape
     turned = _turned_blocks(x_ref, tables, plan)
     for i, start in enumerate(range(0, width, BLOCK)):
         cut = slice(start, min(start + BLOCK, width))
@@ -120,20 +149,19 @@ def _sum_by_blocks(scale_ref, x_ref, w_ref, tables, x_scale_ref, plan: Plan) -> 
         part = jax.lax.dot_general(
             x, mxu_codes(w_ref[:, cut], plan.native), BY_COLUMNS, preferred_element_type=jnp.float32
         )
-        part *= _scale_row(scale_ref, plan, i)
+        part *= _scale_row(scales, columns, i)
         if x_scale_ref is not None:
             part *= x_scale_ref[:, i : i + 1]
         total = part if total is None else total + part
     return total
 
 
-def _sum_at_once(scale_ref, x_ref, w_ref, tables, wide_ref, turned_ref, plan: Plan) -> jax.Array:
+def _sum_at_once(scales, x_ref, w_ref, tables, wide_ref, turned_ref, plan: Plan) -> jax.Array:
     """fp32 [rows, columns] over the channels of a tile, from weights widened with their scale."""
-    c = plan.config
-    for n in plan.column_blocks:
-        for k in range(c.channels // BLOCK):
+    for n, row in enumerate(scales):
+        for k in range(plan.config.channels // BLOCK):
             rows, cut = pl.ds(n * BLOCK, BLOCK), pl.ds(k * BLOCK, BLOCK)
-            scale = jnp.broadcast_to(scale_ref[0, 0, n : n + 1, k : k + 1], (1, BLOCK)).astype(jnp.bfloat16)
+            scale = jnp.broadcast_to(row[:, k : k + 1], (1, BLOCK)).astype(jnp.bfloat16)
             wide_ref[rows, cut] = mxu_codes(w_ref[rows, cut], plan.native).astype(jnp.bfloat16) * scale
     x = x_ref[...]
     if tables:
@@ -141,30 +169,43 @@ def _sum_at_once(scale_ref, x_ref, w_ref, tables, wide_ref, turned_ref, plan: Pl
         for start, turned in _turned_blocks(x_ref, tables, plan).items():
             turned_ref[:, pl.ds(start, BLOCK)] = turned
         x = turned_ref[...]
-    return jax.lax.dot_general(x, wide_ref[...], BY_COLUMNS, preferred_element_type=jnp.float32)
+    wide = wide_ref[: w_ref.shape[0]]
+    return jax.lax.dot_general(x, wide, BY_COLUMNS, preferred_element_type=jnp.float32)
 
 
-def _kernel(scale_ref, x_ref, w_ref, *refs, plan: Plan):
+def _kernel(x_ref, *refs, plan: Plan):
     rest = list(refs)
+    weights = [(rest.pop(0), rest.pop(0)) for _ in plan.columns]
     tables = [rest.pop(0) for _ in range(2 if plan.head_dim else 0)]
     x_scale_ref = rest.pop(0) if plan.scaled_rows else None
-    out_ref, acc_ref, *scratch = rest
-    k, steps = pl.program_id(2), plan.grid[2]
-    if plan.config.fold:
-        wide_ref, turned_ref = scratch
-        part = _sum_at_once(scale_ref, x_ref, w_ref, tables, wide_ref, turned_ref, plan)
-    else:
-        part = _sum_by_blocks(scale_ref, x_ref, w_ref, tables, x_scale_ref, plan)
-    if steps == 1:
-        out_ref[...] = part.astype(out_ref.dtype)
-        return
+    outs = [rest.pop(0) for _ in plan.columns]
+    window_ref, acc_ref, *scratch = rest
+    first = 0
+    for (w_ref, scale_ref), out_ref in zip(weights, outs, strict=True):
+        columns = w_ref.shape[0]
+        scales = _scales(scale_ref, window_ref, columns, plan)
+        if plan.config.fold:
+            wide_ref, turned_ref = scratch
+            part = _sum_at_once(scales, x_ref, w_ref, tables, wide_ref, turned_ref, plan)
+        else:
+            part = _sum_by_blocks(scales, x_ref, w_ref, tables, x_scale_ref, plan)
+        if plan.grid[2] == 1:
+            out_ref[...] = part.astype(out_ref.dtype)
+        else:
+            _add(part, acc_ref.at[:, pl.ds(first, columns)], out_ref, plan.grid[2])
+        first += columns
+
+
+def _add(part: jax.Array, acc_ref, out_ref, steps: int) -> None:
+    """Add a step's sum to those before it; the last step stores."""
+    k = pl.program_id(2)
 
     @pl.when(k == 0)
     def _begin():
         acc_ref[...] = part
 
     @pl.when(jnp.logical_and(k > 0, k < steps - 1))
-    def _add():
+    def _more():
         acc_ref[...] += part
 
     @pl.when(k == steps - 1)
@@ -172,52 +213,54 @@ def _kernel(scale_ref, x_ref, w_ref, *refs, plan: Plan):
         out_ref[...] = (acc_ref[...] + part).astype(out_ref.dtype)
 
 
-def _tiles_of_scale(scale: jax.Array, plan: Plan) -> jax.Array:
-    """fp32 [columns / 128, channels / 128] -> the blocks of each tile, [tiles, tiles, blocks, blocks]."""
-    (_, n, k), c = plan.grid, plan.config
-    columns, channels = len(plan.column_blocks), pl.cdiv(c.channels, BLOCK)
-    scale = jnp.pad(scale, ((0, n * columns - scale.shape[0]), (0, k * channels - scale.shape[1])))
-    return scale.reshape(n, columns, k, channels).transpose(0, 2, 1, 3)
-
-
-def _call(x, w, scale, tables, x_scale, *, plan: Plan, chip: Chip, interpret):
-    """x [rows, groups * channels], w [columns, channels], scale of `_tiles_of_scale`, x_scale [tiles, rows, blocks]."""
+def _call(x, weights, tables, x_scale, *, plan: Plan, chip: Chip, interpret) -> list[jax.Array]:
+    """x [rows, groups * channels], weights of (codes [columns, channels], scales), x_scale [tiles, rows, blocks]."""
     c, steps = plan.config, plan.grid[2]
     x_tile = lambda r, n, k: (r, n // plan.columns_per_group * steps + k if plan.groups > 1 else k)
-    in_specs = [
-        pl.BlockSpec((1, 1, *scale.shape[2:]), lambda r, n, k: (n, k, 0, 0)),
-        pl.BlockSpec((c.rows, c.channels), x_tile),
-        pl.BlockSpec((c.columns, c.channels), lambda r, n, k: (n, k)),
-        *(pl.BlockSpec((c.rows, BLOCK), lambda r, n, k: (r, 0)) for _ in tables),
-    ]
-    operands = [scale, x, w, *tables]
+    in_specs, operands = [pl.BlockSpec((c.rows, c.channels), x_tile)], [x]
+    for (codes, scale), columns in zip(weights, plan.tiles, strict=True):
+        in_specs.append(pl.BlockSpec((columns, c.channels), lambda r, n, k: (n, k)))
+        in_specs.append(pl.BlockSpec(scale.shape, lambda r, n, k: (0, 0)))
+        operands += [codes, scale]
+    in_specs += [pl.BlockSpec((c.rows, BLOCK), lambda r, n, k: (r, 0)) for _ in tables]
+    operands += tables
     if x_scale is not None:
         in_specs.append(pl.BlockSpec((None, c.rows, x_scale.shape[2]), lambda r, n, k: (k, r, 0)))
         operands.append(x_scale)
-    scratch = [pltpu.VMEM((c.rows, c.columns) if steps > 1 else (8, BLOCK), jnp.float32)]
-    if c.fold:
-        scratch.append(pltpu.VMEM((c.columns, c.channels), jnp.bfloat16))
-        scratch.append(pltpu.VMEM((c.rows, c.channels) if tables else (16, BLOCK), jnp.bfloat16))
+    outs = [jax.ShapeDtypeStruct((plan.rows, columns), plan.out_dtype) for columns in plan.columns]
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid=plan.grid,
         in_specs=in_specs,
-        out_specs=pl.BlockSpec((c.rows, c.columns), lambda r, n, k: (r, n)),
-        out_shape=jax.ShapeDtypeStruct((plan.rows, plan.columns), plan.out_dtype),
-        scratch_shapes=scratch,
+        out_specs=[pl.BlockSpec((c.rows, columns), lambda r, n, k: (r, n)) for columns in plan.tiles],
+        out_shape=outs,
+        scratch_shapes=_scratch([scale for _, scale in weights], bool(tables), plan),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=int(VMEM_SHARE * chip.vmem_bytes),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * plan.rows * plan.columns * plan.channels,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in operands)
-            + plan.rows * plan.columns * jnp.dtype(plan.out_dtype).itemsize,
+            flops=2 * plan.rows * sum(plan.columns) * plan.channels,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in [*operands, *outs]),
             transcendentals=0,
         ),
         interpret=interpret,
         name="fp8_matmul" if not plan.head_dim else "fp8_output_projection",
     )(*operands)
+
+
+def _scratch(scales: list[jax.Array], turns: bool, plan: Plan) -> list:
+    """Decoded scales; the sums; where weights are widened, those, and rotated rows."""
+    c, (rows, blocks) = plan.config, (max(sizes) for sizes in zip(*(scale.shape for scale in scales), strict=True))
+    rows = max(rows, plan.grid[1] * pl.cdiv(max(plan.tiles), BLOCK))  # the last tile need not be full
+    scratch = [
+        pltpu.VMEM((pl.cdiv(rows, 8) * 8, pl.cdiv(blocks, BLOCK) * BLOCK), jnp.float32),
+        pltpu.VMEM((c.rows, c.columns) if plan.grid[2] > 1 else (8, BLOCK), jnp.float32),
+    ]
+    if c.fold:
+        scratch.append(pltpu.VMEM((max(plan.tiles), c.channels), jnp.bfloat16))
+        scratch.append(pltpu.VMEM((c.rows, c.channels) if turns else (16, BLOCK), jnp.bfloat16))
+    return scratch
 
 
 def split_fp32(x: jax.Array) -> jax.Array:
@@ -258,39 +301,64 @@ def fp8_matmul_tpu(
     Raises:
       ValueError: the operands disagree, or `chip` is not a TPU.
     """
-    check_shapes(x, w, scale, x_scale)
+    options: dict[str, Any] = {"chip": chip, "config": config, "interpret": interpret}
+    return fp8_matmuls_tpu(x, [(w, scale)], x_scale=x_scale, out_dtype=out_dtype, **options)[0]
+
+
+def fp8_matmuls_tpu(
+    x,
+    weights: Sequence[tuple[jax.Array, jax.Array]],
+    *,
+    chip: Chip,
+    x_scale=None,
+    out_dtype=None,
+    config: TpuConfig | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> list[jax.Array]:
+    """`fp8_matmul_tpu` of the same x with each of several (w, scale): one kernel where all have whole blocks of rows.
+
+    `config.columns` are those of all weights together.
+    """
+    for w, scale in weights:
+        check_shapes(x, w, scale, x_scale)
     require(chip, "fp8_matmul_tpu", platform="tpu")
+    options: dict[str, Any] = {"chip": chip, "config": config, "interpret": interpret}
+    if len(weights) > 1 and any(w.shape[0] % BLOCK for w, _ in weights):
+        options |= {"x_scale": x_scale, "out_dtype": out_dtype}
+        return [fp8_matmuls_tpu(x, [weight], **options)[0] for weight in weights]
     dtype = result_dtype(x, out_dtype)
     lead, K = x.shape[:-1], x.shape[-1]
     x = x.reshape(-1, K)
     if x.size == 0:
-        return jnp.zeros((*lead, w.shape[0]), dtype)
+        return [jnp.zeros((*lead, w.shape[0]), dtype) for w, _ in weights]
     if x_scale is not None:
         x_scale = x_scale.reshape(x.shape[0], -1)
         if x_scale.dtype == jnp.uint8:
             x, x_scale = _dequantize_rows(x, x_scale), None
-    parts = 3 if x.dtype == jnp.float32 else 1
-    run = functools.partial(_project, w=w, scale=scale, chip=chip, config=config, interpret=interpret)
-    if parts == 1:
-        return run(x, x_scale=x_scale, out_dtype=dtype).reshape(*lead, -1)
-    out = run(split_fp32(x).reshape(-1, K), x_scale=None, out_dtype=jnp.float32)
-    return out.reshape(parts, *lead, -1).sum(0).astype(dtype)
+    if x.dtype != jnp.float32:
+        outs = _project(x, weights, x_scale=x_scale, out_dtype=dtype, **options)
+        return [out.reshape(*lead, -1) for out in outs]
+    parts = split_fp32(x)
+    outs = _project(parts.reshape(-1, K), weights, out_dtype=jnp.float32, **options)
+    return [out.reshape(len(parts), *lead, -1).sum(0).astype(dtype) for out in outs]
 
 
-def _project(x, w, scale, *, chip: Chip, config, interpret, x_scale=None, out_dtype, groups=1, head_dim=0, tables=()):
-    """The kernel for x [rows, groups * channels] and whole groups of w's rows."""
-    (columns, channels), rows = w.shape, x.shape[0]
-    exact = scale.dtype == jnp.uint8 and x_scale is None
+def _project(
+    x, weights, *, chip: Chip, config, interpret, x_scale=None, out_dtype, groups=1, head_dim=0, tables=()
+) -> list[jax.Array]:
+    """The kernel for x [rows, groups * channels] and whole groups of each weight's rows."""
+    columns, rows, channels = tuple(w.shape[0] for w, _ in weights), x.shape[0], weights[0][0].shape[1]
+    exact = x_scale is None and all(scale.dtype == jnp.uint8 for _, scale in weights)
     if config is None:
-        unit = math.lcm(BLOCK, head_dim or BLOCK)
-        config = default_config(chip, rows, columns // groups, channels, exact_scales=exact, unit=unit, groups=groups)
-    native = chip.has_fp8_mxu
-    factor = jnp.float32(1.0 if native else B11_FACTOR)
-    plan = Plan(config, rows, columns, channels, groups, head_dim, x_scale is not None, native, out_dtype)
-    scale = _tiles_of_scale(scale_value(scale) * factor, plan)
+        config = default_config(
+            chip, rows, sum(columns) // groups, channels, exact_scales=exact, unit=math.lcm(BLOCK, head_dim or BLOCK),
+            column_unit=sum(columns) // math.gcd(*(n // BLOCK for n in columns)) if len(columns) > 1 else BLOCK,
+            groups=groups,
+        )  # fmt: skip
+    plan = Plan(config, rows, columns, channels, groups, head_dim, x_scale is not None, chip.has_fp8_mxu, out_dtype)
     if x_scale is not None:
         x_scale = x_scale.reshape(rows, plan.grid[2], -1).swapaxes(0, 1)
-    return _call(x, w, scale, tables, x_scale, plan=plan, chip=chip, interpret=interpret)
+    return _call(x, weights, tables, x_scale, plan=plan, chip=chip, interpret=interpret)
 
 
 def rotation_tables(cos, sin) -> tuple[jax.Array, jax.Array]:
@@ -325,8 +393,8 @@ def grouped_output_projection_tpu(
     whole = D % BLOCK == 0 and 2 * cos.shape[-1] <= BLOCK and (groups == 1 or rows % BLOCK == 0)
     if whole and o.dtype == jnp.bfloat16 and o.size:
         tables = rotation_tables(*(t.astype(jnp.float32).reshape(B * T, -1) for t in (cos, sin)))
-        out = _project(
-            o.reshape(B * T, H * D), w, scale, chip=chip, config=config, interpret=interpret,
+        (out,) = _project(
+            o.reshape(B * T, H * D), [(w, scale)], chip=chip, config=config, interpret=interpret,
             out_dtype=o.dtype, groups=groups, head_dim=D, tables=tables,
         )  # fmt: skip
         return out.reshape(B, T, -1)

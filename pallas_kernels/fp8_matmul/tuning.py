@@ -12,7 +12,7 @@ ROW_ALIGN = 16  # rows of a 16-bit array that lie in one tile of memory
 STEP_CYCLES = 2600  # that reading a tile of a large weight takes: a step has some 1000 cycles of latency to hide
 MIN_TILE_BYTES = 1 << 20  # of a small weight's tiles
 TILES_WANTED = 8  # of a weight in between, for each core: the first product waits for the first tile
-SMALL_BYTES, SMALL_COLUMNS, SMALL_TILE_BYTES = 12 << 20, 256, 2 << 20  # of a small weight: few steps, not one alone
+SMALL_BYTES, SMALL_TILES = 16 << 20, 2  # of a small weight, and its tiles for each core: few steps, not one alone
 LARGE_VMEM = 128 << 20
 WIDE, MAX_WIDE = 2048, 8192  # columns of a tile where it may be deep, and where there are few channels
 
@@ -34,14 +34,23 @@ class TpuConfig:
 
 
 def default_config(
-    chip: Chip, rows: int, columns: int, channels: int, *, exact_scales: bool, unit: int = LANES, groups: int = 1
+    chip: Chip,
+    rows: int,
+    columns: int,
+    channels: int,
+    *,
+    exact_scales: bool,
+    unit: int = LANES,
+    column_unit: int = LANES,
+    groups: int = 1,
 ) -> TpuConfig:
     """For x [rows, channels] times w [columns, channels], in each of `groups` groups.
 
-    exact_scales: scales are powers of two, so that they may be folded; unit: channels that must stay in one step.
+    exact_scales: scales are powers of two, so that they may be folded; unit, column_unit: channels and columns that
+    must stay in one step.
     """
     if rows <= FEW_ROWS:
-        return _few_rows(chip, rows, columns, channels, unit, groups)
+        return _few_rows(chip, rows, columns, channels, unit, column_unit, groups)
     # A matrix unit that sums over 256 channels is half idle on the 128 that share a scale.
     whole = columns % LANES == 0 and channels % LANES == 0
     fold = exact_scales and whole and chip.generation >= 6
@@ -50,21 +59,24 @@ def default_config(
     if fold and groups > 1 and chip.vmem_bytes >= LARGE_VMEM:
         deep = 4096  # a group's channels at once: rows are turned once, and sums need not be fetched again
     return TpuConfig(
-        min(most, _align(rows, ROW_ALIGN)), column_tile(columns, most), divisor(channels, deep, unit), fold
+        min(most, _align(rows, ROW_ALIGN)), column_tile(columns, most, column_unit), divisor(channels, deep, unit), fold
     )
 
 
-def _few_rows(chip: Chip, rows: int, columns: int, channels: int, unit: int, groups: int) -> TpuConfig:
+def _few_rows(
+    chip: Chip, rows: int, columns: int, channels: int, unit: int, column_unit: int, groups: int
+) -> TpuConfig:
     """Wide tiles rather than deep ones: the sums over 128 channels follow each other, those of columns do not."""
     size = groups * columns * channels
-    if chip.cores == 1 and size <= SMALL_BYTES and SMALL_COLUMNS * channels <= SMALL_TILE_BYTES:
-        return TpuConfig(_align(rows, ROW_ALIGN), column_tile(columns, SMALL_COLUMNS), channels, False)
+    if size <= SMALL_BYTES:
+        most = max(column_unit, groups * columns // (SMALL_TILES * chip.cores))
+        return TpuConfig(_align(rows, ROW_ALIGN), column_tile(columns, most, column_unit), channels, False)
     tile_bytes = weight_tile_bytes(chip, size)
     share = max(LANES, groups * columns // chip.cores)
-    wide = column_tile(columns, min(WIDE, share))
+    wide = column_tile(columns, min(WIDE, share), column_unit)
     deep = divisor(channels, max(LANES, tile_bytes // wide), unit)
     if deep == channels:
-        wide = column_tile(columns, max(LANES, min(MAX_WIDE, share, tile_bytes // channels)))
+        wide = column_tile(columns, max(LANES, min(MAX_WIDE, share, tile_bytes // channels)), column_unit)
     return TpuConfig(_align(rows, ROW_ALIGN), wide, deep, False)
 
 
@@ -74,11 +86,11 @@ def weight_tile_bytes(chip: Chip, size: int) -> int:
     return int(min(most, max(MIN_TILE_BYTES, size / TILES_WANTED)) / chip.cores)
 
 
-def column_tile(columns: int, most: int) -> int:
-    """A multiple of 128 that divides `columns`; where none does, one that the last tile need not fill."""
+def column_tile(columns: int, most: int, unit: int = LANES) -> int:
+    """A multiple of `unit`, itself of 128, that divides `columns`; where none does, one the last tile need not fill."""
     if columns % LANES:
         return min(_align(columns, LANES), most // LANES * LANES)
-    return divisor(columns, most, LANES)
+    return divisor(columns, most, unit)
 
 
 def divisor(size: int, most: int, unit: int) -> int:

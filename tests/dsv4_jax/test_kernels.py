@@ -93,7 +93,7 @@ def test_the_step_calls_the_kernel_in_every_kind_of_layer(name, T):
     calls = collections.Counter(re.findall(r"name=(\w+)", program))
     form = "decode" if T == 1 else "prefill"
     assert calls["sparse_mla"] == calls["fp8_output_projection"] == 3 and calls[f"index_topk_{form}"] == 1
-    assert calls["expert_matmul"] == 2 * 3 and calls["fp8_matmul"] == 3 * (4 + 2) + 1  # and the indexer's queries
-    assert calls["norm_heads"] == 3 and calls["round_rows"] == 3 * (5 + 3) + 1  # in front of all of those but o_a
+    assert calls["expert_matmul"] == 2 * 3 and calls["fp8_matmul"] == 3 * (3 + 2) + 1  # q_a with kv; the indexer's
+    assert calls["norm_heads"] == 3 and calls["round_rows"] == 3 * (4 + 3) + 1  # in front of all of those but o_a
     assert calls["round_index"] == 2  # queries and keys
     assert calls["hyper_connection_collapse"] == calls["hyper_connection_expand"] == 2 * 3

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chips import TPUS, chip
 from pallas_kernels.formats import decode_e4m3, decode_e8m0
 from pallas_kernels.fp8_matmul import fp8_matmul, grouped_output_projection
-from pallas_kernels.fp8_matmul.tpu import TpuConfig, fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.fp8_matmul.tpu import TpuConfig, fp8_matmul_tpu, fp8_matmuls_tpu, grouped_output_projection_tpu
 from pallas_kernels.fp8_matmul.tuning import default_config
 
 pytestmark = pytest.mark.interpreter
@@ -90,6 +90,36 @@ def test_every_code_under_many_scales_is_exact(target, fold):
     np.testing.assert_array_equal(got.astype(F32), want.T)
 
 
+# chip, rows, columns of each weight, K, types of x and scale, config
+TOGETHER = {
+    "a batch": ("v5p", 5, (512, 256), 384, BF16, U8, None),
+    "many tiles": ("v7x", 20, (512, 256), 512, BF16, F32, TpuConfig(16, 384, 128, False)),
+    "prefill, scales folded": ("v6e", 300, (256, 512), 256, BF16, U8, None),
+    "float32": ("v6e", 3, (128, 256, 128), 256, F32, U8, None),
+    "one has a partial block": ("v5e", 3, (256, 200), 256, BF16, U8, None),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_weights_equal_the_reference(name):
+    target, M, columns, K, x_dtype, scale_dtype, config = TOGETHER[name]
+    x, *_ = operands(M, 128, K, x_dtype, scale_dtype)
+    weights = [operands(M, N, K, x_dtype, scale_dtype)[1:3] for N in columns]
+    outs = fp8_matmuls_tpu(x, weights, chip=chip(target), config=config, interpret=STRICT)
+    for got, (w, scale) in zip(jax.block_until_ready(outs), weights, strict=True):
+        check(got, fp8_matmul(x, w, scale))
+
+
+@pytest.mark.parametrize("scale_dtype", [U8, F32])
+@pytest.mark.parametrize("columns", [128, 512, 768])
+def test_every_tile_finds_its_scales(columns, scale_dtype):
+    """More rows of scales than fill a register, and several steps of channels."""
+    x, w, scale, _ = operands(3, 96 * 128, 256, BF16, scale_dtype)
+    config = TpuConfig(16, columns, 128, False)
+    got = jax.block_until_ready(fp8_matmul_tpu(x, w, scale, chip=chip("v6e"), config=config, interpret=STRICT))
+    check(got, fp8_matmul(x, w, scale))
+
+
 def test_leading_axes_and_no_rows():
     x, w, scale, x_scale = operands(6, 128, 128, E4M3, U8)
     run = lambda x, x_scale: fp8_matmul_tpu(x, w, scale, x_scale=x_scale, chip=chip("v6e"), interpret=STRICT)
@@ -140,6 +170,8 @@ def test_what_cannot_run_is_refused():
     with pytest.raises(ValueError, match=r"in 3 groups: w must be \[3 \* O"):
         args = output_operands(1, 1, 4, 128, 2, 128, 64, BF16)
         grouped_output_projection_tpu(*args, groups=3, chip=chip("v6e"))
+    with pytest.raises(ValueError, match="x must have 128 channels"):
+        fp8_matmuls_tpu(x, [(w, scale), (w[:, :128], scale[:, :1])], chip=chip("v6e"))
 
 
 def test_tiles_divide_the_weights_and_keep_what_belongs_together():

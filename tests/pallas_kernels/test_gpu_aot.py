@@ -87,8 +87,8 @@ def test_weights_stay_packed_in_a_decode_step(step):
 
 # What runs on the main stream of a fork, by its weight -> kind of layer -> the streams that its branches take
 FORKS = {
-    "q_a_proj": {"sliding": [1], "csa": [1, 1, 2, 3], "hca": [1, 2], "mtp": [1]},
-    "q_b_proj": {"csa": [1, 2], "hca": [1]},
+    "q_a_proj": {"csa": [1, 2, 3], "hca": [1]},
+    "q_b_proj": {"sliding": [1], "csa": [1, 2, 3], "hca": [1, 2], "mtp": [1]},
     "shared_experts": {"sliding": [2], "csa": [2], "hca": [2], "mtp": [2]},
     "h_proj": {"mtp": [3]},
 }

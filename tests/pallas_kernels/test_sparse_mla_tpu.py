@@ -220,7 +220,8 @@ def test_a_gather_is_for_long_pools():
         assert gather_is_faster(chip(name), 1, 64, 512, 65536, 512)
 
 
-def test_rows_widened_in_the_kernel_are_the_rows():
+@pytest.mark.parametrize("native", [False, True])
+def test_rows_widened_in_the_kernel_are_the_rows(native):
     rows = jax.tree.map(lambda x: x[0], inputs(1, 8, "first", fp8=True)[3])
-    wide = kernel._widen([rows.codes, rows.scales, rows.rope], jnp.float32)
+    wide = kernel._widen([rows.codes, rows.scales, rows.rope], jnp.float32, native)
     np.testing.assert_array_equal(wide, dequantize_rows(rows, jnp.float32))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.chips import Chip
 from pallas_kernels.expert_matmul.tpu import TpuConfig as ExpertConfig
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
-from pallas_kernels.fp8_matmul.tpu import TpuConfig, fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.fp8_matmul.tpu import TpuConfig, fp8_matmul_tpu, fp8_matmuls_tpu, grouped_output_projection_tpu
 
 CODES = jnp.float8_e4m3fn
 
@@ -28,6 +28,13 @@ def fp8_matmul(chip: Chip, rows: int, N: int, K: int, x="bfloat16", scale="uint8
         args.append(array(jnp.dtype(x_scale), rows, blocks[1]))
         return lambda x, w, scale, x_scale: run(x, w, scale, x_scale=x_scale), args
     return run, args
+
+
+def fp8_matmuls(chip: Chip, rows: int, columns: list[int], K: int, config=None):
+    """x [rows, K] times several weights."""
+    weights = [(array(CODES, N, K), array(jnp.uint8, N // 128, K // 128)) for N in columns]
+    run = functools.partial(fp8_matmuls_tpu, chip=chip, config=config and TpuConfig(*config))
+    return run, [array(jnp.bfloat16, rows, K), weights]
 
 
 def output_projection(chip: Chip, rows: int, H: int, groups: int, D=512, O=1024, config=None):  # noqa: E741
