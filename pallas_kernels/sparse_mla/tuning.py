@@ -36,7 +36,8 @@ def default_config(chip: Chip, B: int, T: int, H: int, N: int) -> TpuConfig:
     """For B sequences of T tokens of H heads (a multiple of 8) and a pool of N entries each (0: none)."""
     block = N if N <= MAX_BLOCK else MAX_BLOCK
     if T <= DECODE_TOKENS:
-        sequences = next(n for n in (4, 2, 1) if n == 1 or (B % n == 0 and n * T * H <= TARGET_ROWS))
+        most = min(TARGET_ROWS // (T * H), B // chip.cores)  # no core without a sequence
+        sequences = next(n for n in (4, 2, 1) if n == 1 or (B % n == 0 and n <= most))
         return TpuConfig(sequences, T, block, _piece(T, H))
     tokens = max(8, min(LANES, 1 << (TARGET_ROWS // H).bit_length() - 1))
     return TpuConfig(1, tokens, block, _piece(tokens, H))
