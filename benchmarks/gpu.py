@@ -29,6 +29,9 @@ from pallas_kernels.expert_matmul import expert_matmul
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul import fp8_matmul, grouped_output_projection
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
+from pallas_kernels.index_rows import dequantize_index_rows, quantize_index_rows
+from pallas_kernels.index_topk import pick_entries, pick_entries_xla
+from pallas_kernels.index_topk.gpu import index_topk_gpu
 from pallas_kernels.kv_rows import quantize_rows
 from pallas_kernels.sparse_mla import Indices, Window, sparse_mla, sparse_mla_xla
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
@@ -176,6 +179,29 @@ def attention_case(
     )  # fmt: skip
 
 
+def index_case(target: Chip, B: int, T: int, entries: int, top_k: int = 512) -> Case:
+    """Picks among 4-bit keys. All values are small integers, hence scores exact and the picks the same everywhere."""
+
+    def make(key) -> Operands:
+        a, b, c = jax.random.split(key, 3)
+        integers = lambda key, *shape: jax.random.randint(key, shape, -4, 5).astype(jnp.bfloat16)
+        keys = quantize_index_rows(integers(a, B, entries, 128) // 2 * 2)  # all of which e2m1 has
+        visible = jnp.full((B, T), entries, jnp.int32)
+        return integers(b, B, T, 64, 128), integers(c, B, T, 64), keys, visible
+
+    return Case(
+        f"index_topk, {B} x {T} queries, {top_k} of {entries} FP4 keys", several(make),
+        lambda *args: index_topk_gpu(*args, top_k=top_k, chip=target).index, ascending(pick_entries_xla, top_k),
+        B * (68 * entries + T * (64 * 130 * 2 + 4 * top_k)), 2 * B * T * 64 * 128 * entries,
+    )  # fmt: skip
+
+
+def ascending(pick: Callable[..., Any], top_k: int) -> Callable[..., jax.Array]:
+    """What `pick` picks, in the kernel's order; there are `top_k` to be picked."""
+    wide = dequantize_index_rows
+    return lambda q, weights, keys, seen: jnp.sort(pick(q, weights, wide(keys, q.dtype), seen, top_k=top_k).index, -1)
+
+
 def timed_cases(target: Chip) -> list[Case]:
     """Flash's shapes: decode of 1 and 64 sequences, chunks of prefill."""
     fp8 = functools.partial(fp8_case, target)
@@ -188,6 +214,7 @@ def timed_cases(target: Chip) -> list[Case]:
     cases += [attention_case(target, B, 1, 16384, 512, decode if B > 1 else None) for B in (1, 64)]
     cases += [attention_case(target, 64, 1, 16384, 512, None, fp8=True)]
     cases += [attention_case(target, 1, 4096, 8192, 512, prefill)]
+    cases += [index_case(target, *shape) for shape in ((1, 1, 262144), (64, 1, 16384), (1, 2048, 16384))]
     return cases
 
 
@@ -206,6 +233,7 @@ def checked_cases(target: Chip) -> list[tuple[Case, Callable[..., jax.Array]]]:
     attention = functools.partial(sparse_mla, scale=DIM**-0.5)
     shapes = ((3, 1, 1024, 256), (1, 100, 1024, 256))
     checks += [(attention_case(target, *s, None, fp8=f), attention) for s in shapes for f in (False, True)]
+    checks += [(index_case(target, *s), ascending(pick_entries, 512)) for s in ((1, 1, 9000), (2, 7, 3000))]
     return checks
 
 

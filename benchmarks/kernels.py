@@ -36,6 +36,7 @@ from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
 from pallas_kernels.index_rows import empty_index_rows
 from pallas_kernels.index_topk import index_topk_tpu
 from pallas_kernels.index_topk import tuning as index_tuning
+from pallas_kernels.index_topk.gpu import index_topk_gpu
 from pallas_kernels.kv_rows import empty_rows
 from pallas_kernels.put_rows import put_rows_tpu
 from pallas_kernels.round_index import round_index_tpu
@@ -128,12 +129,14 @@ def sparse_mla(target: Chip, B: int, T: int, H: int, N: int):
 
 
 def index_topk(target: Chip, B: int, T: int, N: int, top_k: int):
-    """The worst case of its searches: data decide otherwise."""
-    config = dataclasses.replace(index_tuning.default_config(T, N, target, B), data_dependent=False)
+    """On a TPU the worst case of its searches: data decide otherwise."""
     q = array(jnp.bfloat16, B, T, INDEX_HEADS, INDEX_DIM)
     keys = jax.eval_shape(lambda: empty_index_rows((B, N, INDEX_DIM)))
-    run = lambda *args: index_topk_tpu(*args, top_k=top_k, chip=target, config=config)
-    return run, (q, array(jnp.float32, B, T, INDEX_HEADS), keys, array(jnp.int32, B, T))
+    args = q, array(jnp.float32, B, T, INDEX_HEADS), keys, array(jnp.int32, B, T)
+    if target.platform == "cuda":
+        return lambda *args: index_topk_gpu(*args, top_k=top_k, chip=target).index, args
+    config = dataclasses.replace(index_tuning.default_config(T, N, target, B), data_dependent=False)
+    return lambda *args: index_topk_tpu(*args, top_k=top_k, chip=target, config=config), args
 
 
 def norm_heads(target: Chip, rows: int, H: int):
@@ -266,7 +269,7 @@ def _times(row: dict[str, Any], target: Chip, compiled: dict[str, Any], profiled
     return around | {"static_us": static, "estimate_us": took, "ratio": took / row["roofline_us"]}
 
 
-GPU_OPS = "fp8_matmul", "grouped_output_projection", "expert_matmul", "sparse_mla"  # that have a kernel for GPUs
+GPU_OPS = "fp8_matmul", "grouped_output_projection", "expert_matmul", "sparse_mla", "index_topk"  # have GPU kernels
 GPUS = "H200", "B200"
 SM_REGISTERS, SM_THREADS, SM_BLOCKS, RESERVED = 1 << 16, 2048, 32, 1 << 10  # RESERVED: bytes of a block's shared memory
 

@@ -168,7 +168,7 @@ class XlaKernels(Kernels):
         return put_rows(held, rows, index)
 
     def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
-        return pick_entries_xla(q, weights, _wide_keys(keys, q.dtype), visible, top_k=top_k)
+        return pick_entries_xla(q, weights, wide_keys(keys, q.dtype), visible, top_k=top_k)
 
     def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
         x, *mixing = collapse(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps)
@@ -268,7 +268,7 @@ class TpuKernels(XlaKernels):
         return differentiable(functools.partial(put_rows_tpu, **self._options), put_rows, held, rows, index)
 
     def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
-        keys = keys if isinstance(keys, Fp4Rows) else _wide_keys(keys, q.dtype)
+        keys = keys if isinstance(keys, Fp4Rows) else wide_keys(keys, q.dtype)
         q, weights, keys = jax.lax.stop_gradient((q, weights, keys))  # a choice has no gradient
         as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
@@ -293,7 +293,7 @@ class TpuKernels(XlaKernels):
         return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product, routed)
 
 
-def _wide_keys(keys: IndexKeys, dtype: jax.typing.DTypeLike) -> jax.Array:
+def wide_keys(keys: IndexKeys, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Index keys [B, N, D], however they are held, in `dtype`."""
     return dequantize(keys, dtype) if isinstance(keys, QuantizedArray) else dequantize_index_rows(keys, dtype)
 

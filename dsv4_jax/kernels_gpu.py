@@ -12,7 +12,7 @@ import jax
 
 from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, multiply_blocks
 from dsv4_jax.gradients import differentiable
-from dsv4_jax.kernels import XlaKernels, grouped_output, is_fp8, is_packed
+from dsv4_jax.kernels import IndexKeys, XlaKernels, grouped_output, is_fp8, is_packed, wide_keys
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Weight
@@ -20,6 +20,8 @@ from dsv4_jax.rope import Rotation
 from pallas_kernels.chips import MOSAIC_GPUS, Chip, require
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
+from pallas_kernels.index_rows import Fp4Rows
+from pallas_kernels.index_topk.gpu import index_topk_gpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 from pallas_kernels.sparse_mla.gpu_device import HEADS
@@ -27,7 +29,7 @@ from pallas_kernels.sparse_mla.gpu_device import HEADS
 
 @dataclass(frozen=True)
 class GpuKernels(XlaKernels):
-    """Mosaic GPU kernels. Products with unquantised weights and the choice of entries are XLA's.
+    """Mosaic GPU kernels. Products with unquantised weights are XLA's.
 
     The model must be in bfloat16, with 256 or 512 channels a head; other operands that a kernel cannot take raise a
     ValueError, too, which names what to choose instead.
@@ -77,6 +79,12 @@ class GpuKernels(XlaKernels):
         plain = functools.partial(sparse_mla_xla, scale=scale)
         with or_xla():
             return differentiable(kernel, plain, q, positions, window, entries, picks, sinks)
+
+    def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
+        keys = keys if isinstance(keys, Fp4Rows) else wide_keys(keys, q.dtype)
+        q, weights, keys = jax.lax.stop_gradient((q, weights, keys))  # a choice has no gradient
+        with or_xla():
+            return index_topk_gpu(q, weights, keys, visible, top_k=top_k, **self._options)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not (is_packed(gate_up) and is_packed(down)):

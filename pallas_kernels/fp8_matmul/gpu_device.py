@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -226,8 +226,8 @@ class Word:
     def __init__(self, value):
         self.value = value
 
-    def _with(self, op: Any, other) -> Word:
-        return Word(op(self.value, other.value if isinstance(other, Word) else _i32(other)))
+    def _with(self, op: Any, other) -> Self:
+        return type(self)(op(self.value, other.value if isinstance(other, Word) else _i32(other)))
 
     def __and__(self, other):
         return self._with(arith.andi, other)

@@ -52,6 +52,7 @@ def test_the_step_calls_the_kernels_in_every_kind_of_layer(T):
     """Flash's own shapes; a strategy that quietly took the portable path would fail here."""
     calls = collections.Counter(re.findall(r"name=(\w+)", step_program(T)))
     assert calls["sparse_mla"] == calls["fp8_output_projection"] == 3
+    assert calls["index_topk"] == 1  # of the CSA layer
     assert calls["expert_matmul"] == 2 * 3 and calls["fp8_matmul"] == 3 * (4 + 2) + 1  # and the indexer's queries
 
 
@@ -90,6 +91,8 @@ def test_models_the_kernels_cannot_take_are_refused():
         step_program(1, dtype=jnp.float32)
     with pytest.raises(ValueError, match="64 heads of 128 channels.*choose kernels='xla'"):
         step_program(1, head_dim=128)
+    with pytest.raises(ValueError, match="top_k=1032; it takes 64 of 128 and 1024 at most.*choose kernels='xla'"):
+        step_program(1, index_topk=1032)
 
 
 def test_benchmarks_want_a_gpu():

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.chips import Chip
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
+from pallas_kernels.index_rows import empty_index_rows
+from pallas_kernels.index_topk.gpu import index_topk_gpu
 from pallas_kernels.kv_rows import empty_rows
 from pallas_kernels.sparse_mla import FirstN, Indices, Window
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
@@ -53,3 +55,10 @@ def sparse_mla(chip: Chip, B: int, T: int, H: int, picks: int | None, coded: boo
     chosen = FirstN(some) if picks is None else Indices(array(jnp.int32, B, T, picks))
     args = [array(jnp.bfloat16, B, T, H, D), some, window, rows(N), chosen, array(jnp.float32, H)]
     return functools.partial(sparse_mla_gpu, scale=D**-0.5, chip=chip), args
+
+
+def index_topk(chip: Chip, B: int, T: int, N: int, top_k: int, coded: bool = True):
+    """T queries a sequence over N keys, in 4 bits or bfloat16."""
+    keys = jax.eval_shape(lambda: empty_index_rows((B, N, 128))) if coded else array(jnp.bfloat16, B, N, 128)
+    args = [array(jnp.bfloat16, B, T, 64, 128), array(jnp.bfloat16, B, T, 64), keys, array(jnp.int32, B, T)]
+    return functools.partial(index_topk_gpu, top_k=top_k, chip=chip), args
