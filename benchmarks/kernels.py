@@ -3,7 +3,8 @@
 On TPUs, estimate = max(static cycles / clock, bytes / HBM bandwidth). The cycles are libtpu's own schedule of the
 kernel, with its copies; they ignore contention for HBM. Bytes and FLOPs are those the operation cannot do without,
 counted by hand; roofline = the longer of bytes at peak bandwidth and FLOPs at peak rate (fp8 peak where 8-bit operands
-meet an MXU that is faster with them). `around` is XLA's estimate for what it does before and after the kernel.
+meet an MXU that is faster with them). `around` is XLA's estimate for what it does before and after the kernel. With
+`--peer`, the public TPU inference package's kernel for the same job stands beside ours (`benchmarks.peer_tpu`).
 
 On GPUs, what ptxas says: registers of a thread, spilled bytes, shared memory of a block; and what these leave room for,
 blocks on one multiprocessor and their share of the threads it can hold.
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import peer_tpu
 from pallas_kernels.aot import Case, roofline_seconds, run_cases
 from pallas_kernels.chips import TPUS, Chip, chip
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
@@ -321,11 +323,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", type=int, help="only shapes with so many rows (default: all)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds the compiler may take for one row")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at work side by side")
+    parser.add_argument("--peer", action="store_true", help="also the public TPU inference package's kernels")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Rows of op x shape x chip; needs libtpu and CUDA's compiler (AotUnavailable, a RuntimeError, says what to
     install)."""
+    if args.peer:
+        peer_tpu.require_peer()
     works = [
         work
         for work in every_work()
@@ -340,14 +345,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if (batch := [work for work in works if work.op == op])
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = pool.map(lambda batch: _measure(*batch, args.timeout), batches)
+        found = pool.map(lambda batch: _measure(*batch, args.timeout, args.peer), batches)
         rows = [row for rows in found for row in rows]
     order = {(work.op, work.model, work.shape, *work.sizes.items()): i for i, work in enumerate(works)}
     return {"rows": sorted(rows, key=lambda r: order[r["op"], r["model"], r["shape"], *r["sizes"].items()])}
 
 
-def _measure(name: str, works: list[Work], timeout: float) -> list[dict[str, Any]]:
+def _measure(name: str, works: list[Work], timeout: float, peer: bool) -> list[dict[str, Any]]:
     rows = (estimate if name in TPUS else resources)(works, name, timeout)
+    if peer and name in TPUS:
+        rows = peer_tpu.beside(rows, name, timeout)
     for row in rows:
         told = row.get("ratio", row.get("registers", "nothing"))
         print(f"{row['op']} {row['model']} {row['shape']} {row['sizes']} {name}: {told}", file=sys.stderr, flush=True)
@@ -360,14 +367,18 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in result["rows"]:
         if "error" in row or "notes" in row:
             console.print(f"{row['op']} {row['sizes']} {row['chip']}: {row.get('error') or row['notes']}", markup=False)
+        if "peer_error" in row:
+            console.print(f"{row['op']} {row['sizes']} {row['chip']}: the peer: {row['peer_error']}", markup=False)
 
 
 def _tpu_table(rows: list[dict[str, Any]]) -> Table:
     figures = ("MB", "GFLOP", "roofline us", "static us", "estimate us", "ratio", "around us")
-    table = Table("kernel", "model", "shape", "chip", *figures, title="TPU kernels by schedule; nothing was run")
+    peer = ("peer us", "peer ratio") if any("peer_differs" in row for row in rows) else ()
+    table = Table("kernel", "model", "shape", "chip", *figures, *peer, title="TPU kernels by schedule; nothing was run")
     for row in rows:
         times = _cells(row, ".1f", "roofline_us", "static_us", "estimate_us")
-        table.add_row(*_work_cells(row), *times, *_cells(row, ".2f", "ratio", "around_us"))
+        compared = [*_cells(row, ".1f", "peer_us"), *_cells(row, ".2f", "peer_ratio")] if peer else []
+        table.add_row(*_work_cells(row), *times, *_cells(row, ".2f", "ratio", "around_us"), *compared)
     return table
 
 
