@@ -50,7 +50,7 @@ TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",  # a profile that stops early leaves a gibibyte there
+    "TPU_MIN_LOG_LEVEL": "3",  # what ends the process; a profile that stops early writes gibibytes of lesser complaints
 }
 PROFILE = ("cycles", "bundles")  # of a TPU program: simulated cycles, and the slots of its instructions
 
@@ -300,12 +300,12 @@ def _heading(case: Case, target: Chip) -> dict[str, Any]:
 
 
 def _run_child(cases: list[Case], target: Chip, profile: tuple[str, ...], timeout: float, keep: str | None) -> _Run:
-    with tempfile.TemporaryDirectory(prefix="aot_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="aot_") as scratch, tempfile.TemporaryDirectory(prefix="aot_") as logs:
         dumps = keep or scratch
         before = _stamps(Path(dumps))
         job = json.dumps({"chip": target.name, "dumps": dumps, "cases": [dataclasses.asdict(c) for c in cases]})
         command = [sys.executable, "-m", "pallas_kernels.aot", "--child"]
-        environment = os.environ | _child_environment(target, dumps, profile)
+        environment = os.environ | _child_environment(target, dumps, profile) | {"TPU_LOG_DIR": logs}
         try:
             done = subprocess.run(
                 command, input=job, env=environment, capture_output=True, text=True, timeout=timeout, errors="replace"

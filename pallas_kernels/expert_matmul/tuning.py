@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pallas_kernels.chips import Chip
-from pallas_kernels.fp8_matmul.tuning import LANES, divisor, weight_tile_bytes
+from pallas_kernels.fp8_matmul.tuning import LANES, divisor
 
 FEW_ROWS = 8  # of a block, up to which a product for each group of channels costs less than scaling the weights
 MAX_WIDE_BYTES = 8 << 20  # of weights widened for one product
-LARGE = 1 << 40  # bytes of all experts together: large enough for full tiles
+STEP_CYCLES = 2600  # that reading a tile takes: a step has some 1000 cycles of latency to hide
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def default_config(chip: Chip, rows: int, N: int, K: int, *, packed: bool, exact
     """For blocks of `rows` rows with w [N, K]; exact_scales: they are powers of two, so that they may be folded."""
     fold = rows > FEW_ROWS and (packed or (exact_scales and chip.generation >= 6))
     row_bytes = K // 2 if packed else K
-    most = weight_tile_bytes(chip, LARGE) * chip.cores // row_bytes
+    most = int(STEP_CYCLES * chip.hbm_bytes_per_s / chip.clock_hz) // row_bytes
     if fold:
         most = min(most, MAX_WIDE_BYTES // (2 * K))
     return TpuConfig(divisor(N, max(LANES, min(most, N // chip.cores)), LANES), fold)

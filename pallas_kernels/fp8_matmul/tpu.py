@@ -40,12 +40,11 @@ from pallas_kernels.fp8_matmul.reference import (
     result_dtype,
     scale_value,
 )
-from pallas_kernels.fp8_matmul.tuning import TpuConfig, default_config
+from pallas_kernels.fp8_matmul.tuning import VMEM_SHARE, TpuConfig, default_config
 
 NO_SIGN, SIGN = 0x7F7F7F7F, -0x7F7F7F80  # of four codes in a word
 B11_FACTOR = 16.0  # an e4m3fn value over the e4m3b11fnuz value of the same bits
 SCALE_ROWS = 32  # of 8 bits each that fill a register
-VMEM_SHARE = 0.5  # of the vector memory that a kernel may plan with
 BY_COLUMNS = (((1,), (1,)), ((), ()))  # contract the last axis of both
 
 

@@ -9,11 +9,11 @@ from pallas_kernels.chips import Chip
 LANES = 128
 FEW_ROWS = 256  # up to here reading the weights takes longer than multiplying
 ROW_ALIGN = 16  # rows of a 16-bit array that lie in one tile of memory
-STEP_CYCLES = 2600  # that reading a tile of a large weight takes: a step has some 1000 cycles of latency to hide
-MIN_TILE_BYTES = 1 << 20  # of a small weight's tiles
-TILES_WANTED = 8  # of a weight in between, for each core: the first product waits for the first tile
+LARGE_TILE_BYTES = 4 << 20  # of a large weight's tiles: a step has some 1000 cycles of latency to hide
 SMALL_BYTES, SMALL_TILES = 16 << 20, 2  # of a small weight, and its tiles for each core: few steps, not one alone
-LARGE_VMEM = 128 << 20
+VMEM_SHARE = 0.5  # of the vector memory that a kernel may plan with
+# Rows and columns of a tile with all channels at once: neither x nor sums need be fetched again for the next columns.
+FOLDED = (1024, 1024), (1024, 512), (512, 1024), (512, 512), (512, 256)
 WIDE, MAX_WIDE = 2048, 8192  # columns of a tile where it may be deep, and where there are few channels
 
 
@@ -54,13 +54,20 @@ def default_config(
     # A matrix unit that sums over 256 channels is half idle on the 128 that share a scale.
     whole = columns % LANES == 0 and channels % LANES == 0
     fold = exact_scales and whole and chip.generation >= 6
-    most = 1024 if fold else 512
-    deep = 2048 if fold else 1024
-    if fold and groups > 1 and chip.vmem_bytes >= LARGE_VMEM:
-        deep = 4096  # a group's channels at once: rows are turned once, and sums need not be fetched again
-    return TpuConfig(
-        min(most, _align(rows, ROW_ALIGN)), column_tile(columns, most, column_unit), divisor(channels, deep, unit), fold
-    )
+    fits = lambda tall, wide: _folded_bytes(tall, wide, channels, groups) <= VMEM_SHARE * chip.vmem_bytes
+    for tall, wide in FOLDED if fold else ():
+        tall, wide = min(tall, _align(rows, ROW_ALIGN)), column_tile(columns, wide, column_unit)
+        if fits(tall, wide):
+            return TpuConfig(tall, wide, channels, True)
+    most, deep = (2048, 2048) if fold else (512, 1024)
+    wide = column_tile(columns, most, column_unit)
+    return TpuConfig(min(512, _align(rows, ROW_ALIGN)), wide, divisor(channels, deep, unit), fold)
+
+
+def _folded_bytes(rows: int, columns: int, channels: int, groups: int) -> int:
+    """Of vector memory: two tiles each of x, of codes and of the result, and a tile of weights widened."""
+    turned = 2 * rows * channels if groups > 1 else 0
+    return 4 * rows * channels + turned + 4 * columns * channels + 8 * rows * columns
 
 
 def _few_rows(
@@ -71,19 +78,13 @@ def _few_rows(
     if size <= SMALL_BYTES:
         most = max(column_unit, groups * columns // (SMALL_TILES * chip.cores))
         return TpuConfig(_align(rows, ROW_ALIGN), column_tile(columns, most, column_unit), channels, False)
-    tile_bytes = weight_tile_bytes(chip, size)
+    tile_bytes = LARGE_TILE_BYTES // chip.cores
     share = max(LANES, groups * columns // chip.cores)
     wide = column_tile(columns, min(WIDE, share), column_unit)
     deep = divisor(channels, max(LANES, tile_bytes // wide), unit)
     if deep == channels:
         wide = column_tile(columns, max(LANES, min(MAX_WIDE, share, tile_bytes // channels)), column_unit)
     return TpuConfig(_align(rows, ROW_ALIGN), wide, deep, False)
-
-
-def weight_tile_bytes(chip: Chip, size: int) -> int:
-    """How much to read at a time of `size` bytes of weights, where reading takes longer than multiplying."""
-    most = STEP_CYCLES * chip.hbm_bytes_per_s / chip.clock_hz
-    return int(min(most, max(MIN_TILE_BYTES, size / TILES_WANTED)) / chip.cores)
 
 
 def column_tile(columns: int, most: int, unit: int = LANES) -> int:
