@@ -32,7 +32,7 @@ from pallas_kernels.chips import TPUS, Chip, chip
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
-from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, grouped_output_projection_tpu
+from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, fp8_matmuls_tpu, grouped_output_projection_tpu
 from pallas_kernels.head_norm import norm_heads_tpu
 from pallas_kernels.hyper_connection import collapse_tpu, expand_tpu
 from pallas_kernels.index_rows import empty_index_rows
@@ -99,6 +99,15 @@ def fp8_matmul(target: Chip, rows: int, N: int, K: int):
     args = array(jnp.bfloat16, rows, K), array(jnp.float8_e4m3fn, N, K), array(jnp.uint8, N // 128, K // 128)
     run = fp8_matmul_tpu if target.platform == "tpu" else fp8_matmul_gpu
     return lambda *args: run(*args, chip=target), args
+
+
+def fp8_matmuls(target: Chip, rows: int, Q: int, K: int):
+    """q_a and kv: one kernel on a TPU, two on a GPU."""
+    weights = [(array(jnp.float8_e4m3fn, N, K), array(jnp.uint8, N // 128, K // 128)) for N in (Q, HEAD_DIM)]
+    args = array(jnp.bfloat16, rows, K), weights
+    if target.platform == "tpu":
+        return lambda x, weights: fp8_matmuls_tpu(x, weights, chip=target), args
+    return lambda x, weights: [fp8_matmul_gpu(x, *weight, chip=target) for weight in weights], args
 
 
 def grouped_output_projection(target: Chip, rows: int, H: int, G: int, rank: int):
@@ -188,11 +197,18 @@ def phase_of(rows: int) -> str:
 
 def dense_work(name: str, m: Model, rows: int) -> Iterator[Work]:
     """The products of one layer's attention with FP8 weights."""
-    shapes = {"q_a": (m.Q, m.M), "q_b": (m.H * HEAD_DIM, m.Q), "kv": (HEAD_DIM, m.M), "o_b": (m.M, m.G * m.O)}
+    shapes = {
+        "q_a, kv": (m.Q + HEAD_DIM, m.M),
+        "q_b": (m.H * HEAD_DIM, m.Q),
+        "index q_b": (INDEX_HEADS * INDEX_DIM, m.Q),
+        "o_b": (m.M, m.G * m.O),
+    }
     for shape, (N, K) in shapes.items():
         nbytes = N * K + N * K // 128**2 + 2 * rows * (N + K)
-        sizes = {"rows": rows, "N": N, "K": K}
-        yield Work("fp8_matmul", name, shape, phase_of(rows), sizes, nbytes, 2 * rows * N * K, fp8=True)
+        op, sizes = "fp8_matmul", {"rows": rows, "N": N, "K": K}
+        if shape == "q_a, kv":
+            op, sizes = "fp8_matmuls", {"rows": rows, "Q": m.Q, "K": K}
+        yield Work(op, name, shape, phase_of(rows), sizes, nbytes, 2 * rows * N * K, fp8=True)
     inputs, outputs, weights = m.H * HEAD_DIM, m.G * m.O, m.O * m.H * HEAD_DIM
     nbytes = weights + weights // 128**2 + 2 * rows * (inputs + outputs) + 4 * rows * ROPE_DIM
     sizes = {"rows": rows, "H": m.H, "G": m.G, "rank": m.O}
@@ -271,7 +287,8 @@ def _times(row: dict[str, Any], target: Chip, compiled: dict[str, Any], profiled
     return around | {"static_us": static, "estimate_us": took, "ratio": took / row["roofline_us"]}
 
 
-GPU_OPS = "fp8_matmul", "grouped_output_projection", "expert_matmul", "sparse_mla", "index_topk"  # have GPU kernels
+# That have kernels for GPUs.
+GPU_OPS = "fp8_matmul", "fp8_matmuls", "grouped_output_projection", "expert_matmul", "sparse_mla", "index_topk"
 GPUS = "H200", "B200"
 SM_REGISTERS, SM_THREADS, SM_BLOCKS, RESERVED = 1 << 16, 2048, 32, 1 << 10  # RESERVED: bytes of a block's shared memory
 

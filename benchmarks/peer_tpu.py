@@ -37,6 +37,7 @@ COMMANDS = [
 # What the peer's kernel does otherwise; the operations that are not here have no peer, or none that does the same.
 DIFFERS = {
     "fp8_matmul": "rounds activations in the kernel; sizes of its table's nearest shape",
+    "fp8_matmuls": "two kernels, which round activations; sizes of its table's nearest shape",
     "grouped_output_projection": "a scale a channel, not one for 128 x 128; weights turned",
     "expert_matmul": "float32 scales; FP8 codes where the chip has no FP4, twice the bytes",
     "sparse_mla": "two kernels, of which starts and waits of copies are not counted; entries in pages",
@@ -90,6 +91,12 @@ def fp8_matmul(target: Chip, rows: int, N: int, K: int):
     run = functools.partial(kernel, block_size=SCALED, x_q_dtype=FP8, tuned_value=sizes)
     args = array(jnp.bfloat16, rows, K), array(FP8, N, K), array(jnp.float32, K // SCALED, 1, N)
     return lambda *args: run(*args), args
+
+
+def fp8_matmuls(target: Chip, rows: int, Q: int, K: int):
+    """q_a and kv."""
+    (q_a, (x, *q_weights)), (kv, (_, *kv_weights)) = (fp8_matmul(target, rows, N, K) for N in (Q, HEAD_DIM))
+    return lambda x, q_weights, kv_weights: (q_a(x, *q_weights), kv(x, *kv_weights)), (x, q_weights, kv_weights)
 
 
 def nearest_sizes(tuned: Any, rows: int, N: int, K: int) -> Any:
@@ -228,6 +235,8 @@ def profiled(row: dict[str, Any]) -> list[tuple[int, dict[str, int], tuple[int |
     sizes, blocks = row["sizes"], row["sizes"].get("blocks", 1)
     if row["op"] == "sparse_mla":  # the profiler may stop after the first of two kernels, or refuse one by itself
         return [(1, sizes, (None, 0, 1))]
+    if row["op"] == "fp8_matmuls":
+        return [(1, sizes, (0,)), (1, sizes, (1,))]
     if blocks > 1:  # the profile of many takes minutes; all but the first take what the second takes
         return [(blocks - 1, sizes | {"blocks": 2}, (None,)), (2 - blocks, sizes | {"blocks": 1}, (None,))]
     return [(1, sizes, (None,))]
