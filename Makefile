@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 AOT := .venv-aot
 # A kernel that waits for ever cannot be interrupted by a signal: its process ends, and the test has failed.
 TEST_KERNELS = JAX_PLATFORMS=cpu $(AOT)/bin/pytest -q -n 2 --dist worksteal --timeout 900 --timeout-method thread \
-  -m "aot or interpreter" $(shell grep -rlE "mark\.(aot|interpreter)" tests --include="*.py")
+  --durations 25 $(shell grep -rlE "mark\.(aot|interpreter)" tests --include="*.py") -m
 
 TESTS = not oracle and not aot and not interpreter$(if $(CI),, and not slow)
 
@@ -17,12 +17,13 @@ demo: $(VENV)/.demo
 	$(BIN)/dsv4 generate --prompt "And it came to pass in those days" --max-new-tokens 160 --drafts 1 \
 	  --temperature 0.6 --top-p 0.9 --seed 3
 
-# With CI=true, as on CI: also the slow tests.
-test: $(VENV)/.test
+# With CI=true, as on CI: also the slow tests, and the kernels but for whole models.
+test: $(VENV)/.test $(if $(CI),$(AOT)/.aot)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist worksteal --durations 25 -m "$(TESTS)"
+	$(if $(CI),$(TEST_KERNELS) "(aot or interpreter) and not slow")
 
 # Run the notebooks anew, and keep what they put out.
 notebooks: $(VENV)/.test
@@ -30,7 +31,7 @@ notebooks: $(VENV)/.test
 
 # The kernels: in the interpreters, and compiled for TPUs and GPUs that are not there. DSV4_FULL_TESTS=1 has more shapes.
 kernels: $(AOT)/.aot
-	$(TEST_KERNELS)
+	$(TEST_KERNELS) "aot or interpreter"
 
 oracle: $(VENV)/.test $(VENV)/.oracle
 	$(BIN)/pytest -q -m oracle tests/oracle

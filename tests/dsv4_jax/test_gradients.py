@@ -70,6 +70,7 @@ def test_gradient_of_the_portable_model_is_the_slope(case):
     assert abs(along - slope) <= 5e-3 * abs(slope)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_gradient_on_the_tpu_kernels_is_that_of_the_portable_model():
     (loss, want), (value, got) = gradient_on("xla"), gradient_on("tpu-interpret")

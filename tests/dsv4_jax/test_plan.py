@@ -99,6 +99,7 @@ def test_command(dsv4, tmp_path, monkeypatch):
     assert status == 1 and "neither a file, nor a checkpoint" in err
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.skipif(not aot.available("tpu"), reason="needs libtpu: pip install 'dsv4-jax[aot]'")
 def test_a_slice_is_compiled_for():
@@ -110,6 +111,7 @@ def test_a_slice_is_compiled_for():
     assert found.decode["temporaries"] < 0.03 * found.hbm
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 @pytest.mark.skipif(not aot.available("cuda"), reason="needs XLA's compiler for CUDA: pip install 'dsv4-jax[aot]'")
 @pytest.mark.parametrize("mesh", ["expert=8", "expert=2,model=4"])
