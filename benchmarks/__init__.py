@@ -5,6 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 
-def random_prompt(tokens: int, vocab: int) -> np.ndarray:
-    """The prompt that every side is timed on: int32 [T], the same for the same arguments."""
-    return np.random.default_rng(0).integers(0, vocab, tokens, dtype=np.int32)
+def random_prompt(tokens: int, vocab: int, rows: int = 1) -> np.ndarray:
+    """The prompts that every side is timed on: int32 [rows, T], the same for the same arguments."""
+    return np.random.default_rng(0).integers(0, vocab, (rows, tokens), dtype=np.int32)

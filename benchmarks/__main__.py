@@ -61,9 +61,9 @@ def versions() -> dict[str, str]:
 
 
 def save(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
-    """Write results/<name>-<date>.json; a second run of the same day replaces the first."""
+    """Write results/<name>-<date>.json, or <name>-<variant>-<date>; a second run of the same day replaces the first."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name}-{result['date']}.json"
+    path = directory / f"{'-'.join([name, *filter(None, [result.get('variant')]), result['date']])}.json"
     unfinished = path.with_suffix(".json.part")
     unfinished.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(unfinished, path)

@@ -73,7 +73,7 @@ def measure(name: str, context: int) -> dict[str, Any]:
     build = lambda: DeepseekV4(config, max_tokens=context + NEW_TOKENS, dtype=jnp.float32, numerics="exact")
     model = random_weights(build)
     chunk_bytes = workspace(model)
-    prompt = random_prompt(context, config.vocab_size)[None]
+    prompt = random_prompt(context, config.vocab_size)
     run = lambda **lengths: dsv4_jax.stream(model, prompt, max_new_tokens=NEW_TOKENS, **lengths)
     list(run(lengths=[min(context, XlaKernels.prefill_chunk)]))
     ctypes.CDLL(None).malloc_trim(0)

@@ -107,25 +107,25 @@ def scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def run_once(model: DeepseekV4ForCausalLM, prompt: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-    """Prefill [1, T], then greedy steps on the cache: seconds of the prefill and of each step, and the tokens."""
+    """Prefill [B, T], then greedy steps on the cache: seconds of the prefill and of each step; tokens by row."""
     began = time.perf_counter()
     out = model(prompt, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
     prefill = time.perf_counter() - began
-    tokens, steps = [int(token)], []
+    tokens, steps = [token], []
     while len(tokens) < new_tokens:
         began = time.perf_counter()
         out = model(token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(int(token))
+        tokens.append(token)
         steps.append(time.perf_counter() - began)
-    return {"prefill": prefill, "steps": steps, "tokens": tokens}
+    return {"prefill": prefill, "steps": steps, "tokens": torch.cat(tokens, dim=1).tolist()}
 
 
 def measure(checkpoint: Path, prompt: np.ndarray, new_tokens: int, threads: list[int], repeats: int) -> dict[str, Any]:
     """Medians per thread count, and the best of them; the first run of each count is a warm-up."""
     model = load_peer(checkpoint)
-    ids = torch.from_numpy(prompt.astype(np.int64))[None]
+    ids = torch.from_numpy(prompt.astype(np.int64))
     by_threads = []
     for count in threads:
         torch.set_num_threads(count)
@@ -154,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peer_transformers", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="directory in the official format")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=32, help="at least 2: decode is timed from the second on")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, os.cpu_count() or 1)}))
     parser.add_argument("--repeats", type=int, default=3)
@@ -162,7 +163,7 @@ def main() -> None:
     if args.new_tokens < 2:
         parser.error("--new-tokens must be at least 2")
     vocab = json.loads((args.checkpoint / "config.json").read_text())["vocab_size"]
-    prompt = random_prompt(args.prompt_tokens, vocab)
+    prompt = random_prompt(args.prompt_tokens, vocab, args.batch)
     result = measure(args.checkpoint, prompt, args.new_tokens, args.threads, args.repeats)
     if args.json:
         print(json.dumps(result))

@@ -85,7 +85,7 @@ def first_token(programs: Path) -> float:
 def recompilations(model) -> int:
     """Programs compiled for prompts of 1 to LONGEST tokens, after one of each bucket; samplers and seeds differ."""
     rng = np.random.default_rng(0)
-    ids = random_prompt(LONGEST, model.config.vocab_size)[None]
+    ids = random_prompt(LONGEST, model.config.vocab_size)
     sample = lambda heat: dsv4_jax.Sample(temperature=heat, top_p=0.9)
     generate = lambda length, heat, seed: dsv4_jax.generate(
         model, ids[:, :length], max_new_tokens=4, sampler=sample(heat), seed=seed
@@ -107,7 +107,7 @@ def recompilations(model) -> int:
 
 def host_share(model, repeats: int) -> dict[str, Any]:
     """Milliseconds a step in `generate` and in `stream`, and the share of the latter that the host adds."""
-    ids = random_prompt(64, model.config.vocab_size)[None]
+    ids = random_prompt(64, model.config.vocab_size)
 
     def generated(new: int) -> float:
         began = time.perf_counter()

@@ -76,7 +76,7 @@ def test_greedy_tokens_agree(both):
     ours, theirs = both
     ids = tokens((1, PROMPT), seed=2)
     expected = run_once(theirs, torch.from_numpy(ids.astype(np.int64)), NEW_TOKENS)["tokens"]
-    actual = dsv4_jax.generate(ours, ids, max_new_tokens=NEW_TOKENS).tokens[0].tolist()
+    actual = dsv4_jax.generate(ours, ids, max_new_tokens=NEW_TOKENS).tokens.tolist()
     assert actual == expected
 
 
