@@ -48,6 +48,11 @@ class Chip:
         return self.fp8_flops > self.bf16_flops
 
     @property
+    def has_fp4_mxu(self) -> bool:
+        """Whether the matrix unit takes e2m1 codes: that of TPU v7x."""
+        return self.platform == "tpu" and self.generation >= 7
+
+    @property
     def flops_per_cycle(self) -> float:
         """Peak bf16 flops of one core in one cycle."""
         return self.bf16_flops / self.clock_hz / self.cores

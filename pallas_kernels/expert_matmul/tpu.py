@@ -9,7 +9,9 @@ What shares a scale is 32 channels of one row of w. There are two ways to apply 
 
 * Few rows: the 256 channels of two such words are multiplied with eight copies of a row of x, each of which is zero but
   for one group of channels. The matrix unit then gives the sums of eight groups as eight rows, for the time it would
-  take to multiply by one row alone, and the transposed scales multiply them there.
+  take to multiply by one row alone, and the transposed scales multiply them there. v7x takes e2m1 codes as they are,
+  and takes them transposed in twice the time: there the bytes are transposed first, which also puts the channels of a
+  byte below each other, in their own order.
 * Many rows: codes are widened to bfloat16 and multiplied by their scale, spread over its lanes, before the product.
 """
 
@@ -33,6 +35,7 @@ from pallas_kernels.fp8_matmul.tpu import B11_FACTOR, BY_COLUMNS, VMEM_SHARE, mx
 LANES = 128
 SPAN = 2 * LANES  # channels in a register's width of packed codes
 GROUPS = SPAN // GROUP
+BY_ROWS = (((1,), (0,)), ((), ()))  # contract the last axis of one with the first of the other
 EXPONENT_SHIFT = 14  # of an e2m1 code placed as e5m2
 PIECE = 256  # columns summed at a time
 
@@ -48,6 +51,7 @@ class Plan:
     K: int
     packed: bool
     native: bool  # the matrix unit takes e4m3fn codes
+    native_fp4: bool  # and e2m1 codes
     out_dtype: Any
 
     @property
@@ -64,6 +68,15 @@ class Plan:
     def by_group(self) -> bool:
         return self.packed and not self.config.fold
 
+    @property
+    def in_order(self) -> bool:
+        """Whether x comes with its channels as they are, not the even ones of each 256 before the odd ones."""
+        return self.by_group and self.native_fp4
+
+    @property
+    def exponent_shift(self) -> int:
+        return 0 if self.in_order else EXPONENT_SHIFT
+
 
 def split_nibbles(packed: jax.Array) -> jax.Array:
     """uint8 [n, 128] pairs of e2m1 codes -> float8_e5m2 [n, 256] times 2^-14, low nibbles first."""
@@ -73,9 +86,9 @@ def split_nibbles(packed: jax.Array) -> jax.Array:
     return jnp.concatenate([pltpu.bitcast(half, jnp.float8_e5m2) for half in (low, high)], axis=1)
 
 
-def _factors(scale_ref) -> jax.Array:
-    """e8m0 bytes [columns, groups], or turned, -> bfloat16 powers of two times 2^14, infinite where too large."""
-    exponent = jnp.minimum(scale_ref[...].astype(jnp.int32) + EXPONENT_SHIFT, 255)
+def _factors(scale_ref, shift: int) -> jax.Array:
+    """e8m0 bytes [columns, groups], or turned, -> bfloat16 powers of two times 2^shift, infinite where too large."""
+    exponent = jnp.minimum(scale_ref[...].astype(jnp.int32) + shift, 255)
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(jnp.bfloat16)
 
 
@@ -90,7 +103,8 @@ def _transposed(x: jax.Array) -> jax.Array:
 def _spread_rows(x_ref, spread_ref, plan: Plan) -> None:
     """Eight copies of each row of x, the g-th with only those channels of each 256 that are in their g-th group."""
     lane, copy = (jax.lax.broadcasted_iota(jnp.int32, (GROUPS, SPAN), axis) for axis in (1, 0))
-    mine = lane % LANES // (LANES // GROUPS) == copy
+    group = lane // GROUP if plan.in_order else lane % LANES // (LANES // GROUPS)
+    mine = group == copy
     for start in range(0, plan.K, SPAN):
         cut = pl.ds(start, SPAN)
         rows = [jnp.where(mine, x_ref[0, pl.ds(r, 1), cut], 0.0) for r in range(plan.rows)]
@@ -102,14 +116,17 @@ def _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan: Plan) -> 
     for first in range(0, plan.config.columns, PIECE):
         columns = pl.ds(first, min(PIECE, plan.config.columns - first))
         if plan.turned:
-            factors = _factors(scale_ref.at[0, :, columns]).astype(jnp.float32)
+            factors = _factors(scale_ref.at[0, :, columns], plan.exponent_shift).astype(jnp.float32)
         else:
-            factors = _transposed(_factors(scale_ref.at[0, columns]))
+            factors = _transposed(_factors(scale_ref.at[0, columns], plan.exponent_shift))
         total: Any = 0.0
         for i, start in enumerate(range(0, plan.K, SPAN)):
-            codes = split_nibbles(w_ref[0, columns, pl.ds(start // 2, LANES)])
-            rows = spread_ref[:, pl.ds(start, SPAN)]
-            part = jax.lax.dot_general(rows, codes, BY_COLUMNS, preferred_element_type=jnp.float32)
+            packed, rows = w_ref[0, columns, pl.ds(start // 2, LANES)], spread_ref[:, pl.ds(start, SPAN)]
+            if plan.in_order:
+                codes, dims = pltpu.bitcast(packed.T, jnp.float4_e2m1fn), BY_ROWS
+            else:
+                codes, dims = split_nibbles(packed), BY_COLUMNS
+            part = jax.lax.dot_general(rows, codes, dims, preferred_element_type=jnp.float32)
             factor = factors[i * GROUPS : (i + 1) * GROUPS]
             total = total + part * jnp.concatenate([factor] * plan.rows, axis=0)
         sums = [total[r * GROUPS : (r + 1) * GROUPS].sum(axis=0, keepdims=True) for r in range(plan.rows)]
@@ -118,7 +135,7 @@ def _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan: Plan) -> 
 
 def _widen_packed(w_ref, scale_ref, wide_ref, plan: Plan) -> None:
     """Weights in bfloat16 with their scale, in the order of x's columns."""
-    factors = _factors(scale_ref.at[0])
+    factors = _factors(scale_ref.at[0], plan.exponent_shift)
     factors = factors.astype(jnp.float32).T.astype(jnp.bfloat16) if plan.turned else factors
     groups = factors.shape[1]
     factors = jnp.concatenate([factors] * (-(-LANES // groups)), axis=1) if groups < LANES else factors
@@ -303,10 +320,10 @@ def expert_matmul_tpu(
         exact = scale.dtype == jnp.uint8
         config = default_config(chip, plan_rows, w.shape[1], K, packed=packed, exact_scales=exact)
     native = chip.has_fp8_mxu
-    plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, native, dtype)
+    plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, native, chip.has_fp4_mxu, dtype)
     if packed:
         scale = scale.swapaxes(1, 2) if plan.turned else scale
-        x = _even_odd(x)
+        x = x if plan.in_order else _even_odd(x)
         x = x if config.fold else x.astype(jnp.float32)
     else:
         values = scale_value(scale) * jnp.float32(1.0 if native else B11_FACTOR)

@@ -40,6 +40,10 @@ FOLD = TpuConfig(128, True)
 CASES = {
     "one row a block": ("v6e", 1, [1, 0, 2], 2, 256, 512, True, BF16, U8, None),
     "neighbours of one expert": ("v7x", 3, [0, 0, 1, 1], 4, 384, 256, True, BF16, U8, None),
+    "e2m1 operands": ("v7x", 1, [1, 0, 2], 2, 256, 768, True, BF16, U8, None),
+    "e2m1 operands, many groups": ("v7x", 2, [1, 0], 2, 128, 4352, True, BF16, U8, None),
+    "e2m1 operands, float32": ("v7x", 2, [1, 0], 2, 128, 320, True, F32, U8, None),
+    "e2m1 operands, scales folded": ("v7x", 16, [1, 0], 2, 256, 512, True, BF16, U8, FOLD),
     "no block used": ("v5p", 2, [2, 2], 0, 256, 256, True, BF16, U8, None),
     "odd sizes": ("v5e", 2, [1, 0], 2, 100, 96, True, BF16, U8, None),
     "float32": ("v6e", 2, [1, 0], 2, 128, 320, True, F32, U8, None),
@@ -67,8 +71,9 @@ def test_equals_the_reference(name):
     np.testing.assert_allclose(np.asarray(got, np.float64)[: rows * used], exact, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("name", ["v6e", "v7x"])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_every_code_under_many_scales_is_exact(rows):
+def test_every_code_under_many_scales_is_exact(rows, name):
     """Row r of x picks channel r (and r + 16 ..) out of weights that hold all pairs of codes."""
     K = 256
     picks = np.arange(0, K, 5)[: 48 // rows * rows]
@@ -77,7 +82,7 @@ def test_every_code_under_many_scales_is_exact(rows):
     blocks = len(picks) // rows
     x = jnp.asarray(np.eye(K)[picks], BF16)
     args = x, jnp.zeros(blocks, jnp.int32), jnp.int32(blocks), w, scale
-    got = jax.block_until_ready(expert_matmul_tpu(*args, packed=True, chip=chip("v6e"), interpret=STRICT))
+    got = jax.block_until_ready(expert_matmul_tpu(*args, packed=True, chip=chip(name), interpret=STRICT))
     want = decode_e2m1(unpack_fp4(w[0])) * jnp.repeat(decode_e8m0(scale[0]), 32, axis=1)
     np.testing.assert_array_equal(got.astype(F32), np.asarray(want)[:, picks].T)
 
