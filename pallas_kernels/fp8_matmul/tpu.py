@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
-from pallas_kernels.formats import decode_e4m3, decode_e8m0
+from pallas_kernels.formats import decode_e4m3
 from pallas_kernels.fp8_matmul.reference import (
     BLOCK,
     block_rows,
@@ -116,17 +116,13 @@ def _scales(scale_ref, window_ref, columns: int, plan: Plan) -> list[jax.Array]:
         rows = held
     start: Any = n * blocks // rows * rows if rows < held else 0
     codes = scale_ref[pl.ds(pl.multiple_of(start, SCALE_ROWS), rows), :] if rows < held else scale_ref[...]
-    window_ref[:rows, : scale_ref.shape[1]] = _decode_scale(codes) * (1.0 if plan.native else B11_FACTOR)
+    window_ref[:rows, : scale_ref.shape[1]] = scale_value(codes) * (1.0 if plan.native else B11_FACTOR)
     found = [window_ref[pl.ds(n * blocks - start + i, 1), :] for i in range(blocks)]
     if plan.grid[2] == 1:
         return found
     width = window_ref.shape[1]
     shift = jax.lax.rem(width - k * (plan.config.channels // BLOCK), width)
     return [pltpu.roll(row, shift, 1) for row in found]
-
-
-def _decode_scale(scale: jax.Array) -> jax.Array:
-    return decode_e8m0(scale) if scale.dtype == jnp.uint8 else scale
 
 
 def _scale_row(scales: list[jax.Array], columns: int, block: int) -> jax.Array:

@@ -33,6 +33,7 @@ from pallas_kernels.index_topk.gpu_device import (
     device_of,
 )
 from pallas_kernels.index_topk.gpu_select import LANES, STATE, TILE
+from pallas_kernels.index_topk.reference import check_shapes
 from pallas_kernels.index_topk.tuning import GPU_MAX_TOP_K, GpuConfig, gpu_config
 from pallas_kernels.sparse_mla.gpu_rows import tiled
 from pallas_kernels.sparse_mla.reference import Indices
@@ -86,12 +87,8 @@ def index_topk_gpu(
 
 
 def _check(q, weights, keys, visible, top_k: int) -> None:
-    B, T, H, D = q.shape
-    if weights.shape != (B, T, H) or visible.shape != (B, T) or keys.shape[::2] != (B, D):
-        raise ValueError(
-            f"index_topk_gpu: q {q.shape} does not fit weights {weights.shape}, keys {keys.shape} or "
-            f"visible {visible.shape}"
-        )
+    check_shapes("index_topk_gpu", q, weights, keys, visible)
+    H, D = q.shape[2:]
     if H > HEADS or D > DIM or not 1 <= top_k <= GPU_MAX_TOP_K:
         raise ValueError(
             f"index_topk_gpu: {H} heads of {D} channels and {top_k=}; it takes {HEADS} of {DIM} and {GPU_MAX_TOP_K} at "

@@ -16,6 +16,15 @@ def index_scores(q: jax.Array, weights: jax.Array, keys: jax.Array) -> jax.Array
     return jnp.einsum("BTHN,BTH->BTN", jax.nn.relu(dots), weights.astype(jnp.float32), precision="highest")
 
 
+def check_shapes(op: str, q, weights, keys, visible) -> None:
+    """Raise a ValueError that names `op` unless the operands of `pick_entries` fit each other."""
+    B, T, H, D = q.shape
+    if weights.shape != (B, T, H) or visible.shape != (B, T) or keys.shape[::2] != (B, D):
+        raise ValueError(
+            f"{op}: q {q.shape} does not fit weights {weights.shape}, keys {keys.shape} or visible {visible.shape}"
+        )
+
+
 def pick_entries(q, weights, keys, visible, *, top_k: int) -> Indices:
     """The `top_k` best-scoring of the first `visible` entries; the lower index wins a tie.
 

@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chips import Chip, require
 from pallas_kernels.index_rows import GROUP as SCALED
 from pallas_kernels.index_rows import Fp4Rows, dequantize_index_rows
+from pallas_kernels.index_topk.reference import check_shapes
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS, SEARCHED, Config, default_config
 from pallas_kernels.mask_bits import GROUP, LANES, WORD, MaskBits, words_for
 from pallas_kernels.sparse_mla.reference import Indices
@@ -85,12 +86,8 @@ def index_topk_tpu(
 
 
 def _check(q, weights, keys, visible, scale, top_k: int) -> None:
-    B, T, H, D = q.shape
-    if weights.shape != (B, T, H) or visible.shape != (B, T) or keys.shape[::2] != (B, D):
-        raise ValueError(
-            f"index_topk_tpu: q {q.shape} does not fit weights {weights.shape}, keys {keys.shape} or "
-            f"visible {visible.shape}"
-        )
+    check_shapes("index_topk_tpu", q, weights, keys, visible)
+    D = q.shape[3]
     if D > LANES or top_k < 1:
         raise ValueError(f"index_topk_tpu: {D=} must be at most 128 and {top_k=} positive; use the xla op")
     if isinstance(keys, Fp4Rows):

@@ -6,18 +6,14 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 import re
-
-# As for test_sparse_mla_gpu.py: the warpgroups of a kernel are threads of XLA's that wait for each other.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import GOLDEN
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import InterpretGPUParams
 
 import checkpoints
 from benchmarks import gpu
@@ -29,10 +25,6 @@ from pallas_kernels.chips import chip
 
 pytestmark = pytest.mark.interpreter
 
-if hasattr(plgpu, "InterpretGPUParams"):
-    InterpretGPUParams = plgpu.InterpretGPUParams
-else:  # jax 0.10
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 FLASH = PRESETS["flash"] | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1}
 

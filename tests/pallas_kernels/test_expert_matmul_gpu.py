@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-
-# As for test_sparse_mla_gpu.py: the warpgroups of a kernel are threads of XLA's that wait for each other.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import gpu_cases
 import jax
@@ -14,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import InterpretGPUParams
 
 from pallas_kernels.chips import chip
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
@@ -23,10 +19,6 @@ from pallas_kernels.fp8_matmul.gpu_device import expand_text, factor_text, fragm
 
 pytestmark = pytest.mark.interpreter
 
-if hasattr(plgpu, "InterpretGPUParams"):
-    InterpretGPUParams = plgpu.InterpretGPUParams
-else:  # jax 0.10
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 E4M3 = jnp.float8_e4m3fn
 GPUS = ("H200", "B200")

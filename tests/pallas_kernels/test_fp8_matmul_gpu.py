@@ -7,10 +7,6 @@ those, the instructions and addresses themselves are checked here.
 from __future__ import annotations
 
 import dataclasses
-import os
-
-# As for test_sparse_mla_gpu.py: the warpgroups of a kernel are threads of XLA's that wait for each other.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
 
 import gpu_cases
 import jax
@@ -18,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
+from gpu_interpreter import InterpretGPUParams
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips import chip
@@ -27,10 +24,6 @@ from pallas_kernels.fp8_matmul.gpu_device import matrix_place, widen_text
 
 pytestmark = pytest.mark.interpreter
 
-if hasattr(plgpu, "InterpretGPUParams"):
-    InterpretGPUParams = plgpu.InterpretGPUParams
-else:  # jax 0.10
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 E4M3 = jnp.float8_e4m3fn
 TOLERANCE = {jnp.bfloat16: 2**-8, jnp.float32: 2**-20}  # of the largest result

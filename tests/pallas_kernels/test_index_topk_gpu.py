@@ -9,16 +9,13 @@ from __future__ import annotations
 import dataclasses
 import os
 
-# As for test_sparse_mla_gpu.py: the warpgroups of a kernel are threads of XLA's that wait for each other.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
-
 import gpu_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import ptx
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import InterpretGPUParams
 from warps import LANES, Lanes
 
 from pallas_kernels.chips import chip
@@ -34,10 +31,6 @@ from pallas_kernels.sparse_mla.gpu_rows import piece_offset
 
 pytestmark = pytest.mark.interpreter
 
-if hasattr(plgpu, "InterpretGPUParams"):
-    InterpretGPUParams = plgpu.InterpretGPUParams
-else:  # jax 0.10
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 FULL = bool(os.environ.get("DSV4_FULL_TESTS"))
 D = 128

@@ -9,15 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 
-# A kernel's warpgroups are threads that wait for each other in callbacks; on a small machine XLA has fewer threads than
-# that, and the interpreter would hang. Read when the CPU backend starts.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_interpreter import InterpretGPUParams
 
 from pallas_kernels.chips import chip
 from pallas_kernels.kv_rows import dequantize_rows, quantize_rows
@@ -27,10 +23,6 @@ from pallas_kernels.sparse_mla.gpu_rows import piece_offset
 
 pytestmark = pytest.mark.interpreter
 
-if hasattr(plgpu, "InterpretGPUParams"):
-    InterpretGPUParams = plgpu.InterpretGPUParams
-else:  # jax 0.10
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 FULL = bool(os.environ.get("DSV4_FULL_TESTS"))
 SIZE, D, H, N, SCALE = 128, 256, 64, 100, 256**-0.5
