@@ -54,7 +54,7 @@ def default_config(
     # A matrix unit that sums over 256 channels is half idle on the 128 that share a scale.
     whole = columns % LANES == 0 and channels % LANES == 0
     fold = exact_scales and whole and chip.generation >= 6
-    fits = lambda tall, wide: _folded_bytes(tall, wide, channels, groups) <= VMEM_SHARE * chip.vmem_bytes
+    fits = lambda tall, wide: _folded_bytes(chip, tall, wide, channels, groups) <= VMEM_SHARE * chip.vmem_bytes
     for tall, wide in FOLDED if fold else ():
         tall, wide = min(tall, _align(rows, ROW_ALIGN)), column_tile(columns, wide, column_unit)
         if fits(tall, wide):
@@ -64,10 +64,11 @@ def default_config(
     return TpuConfig(min(512, _align(rows, ROW_ALIGN)), wide, divisor(channels, deep, unit), fold)
 
 
-def _folded_bytes(rows: int, columns: int, channels: int, groups: int) -> int:
-    """Of vector memory: two tiles each of x, of codes and of the result, and a tile of weights widened."""
-    turned = 2 * rows * channels if groups > 1 else 0
-    return 4 * rows * channels + turned + 4 * columns * channels + 8 * rows * columns
+def _folded_bytes(chip: Chip, rows: int, columns: int, channels: int, groups: int) -> int:
+    """Of vector memory: two tiles each of x, of codes and of the result, its sums, and a tile of weights widened."""
+    # Rotated rows have a place of their own; v6e's compiler holds x once more in any case.
+    tiles_of_x = 2 + (groups > 1) + (not chip.has_fp8_mxu)
+    return 2 * tiles_of_x * rows * channels + 4 * columns * channels + 8 * rows * columns
 
 
 def _few_rows(

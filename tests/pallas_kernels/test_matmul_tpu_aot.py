@@ -16,7 +16,8 @@ FLASH, PRO = {"E": 256, "N": 4096, "K": 4096}, {"E": 384, "N": 7168, "K": 3072} 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Flash q_b, one row": ("fp8_matmul", {"rows": 1, "N": 32768, "K": 1024}),
     "Flash q_a and kv, a batch": ("fp8_matmuls", {"rows": 64, "columns": [1024, 512], "K": 4096}),
-    "Pro q_a and kv, prefill": ("fp8_matmuls", {"rows": 512, "columns": [1536, 512], "K": 7168}),
+    "Pro q_a and kv, a chunk of a prompt": ("fp8_matmuls", {"rows": 2048, "columns": [1536, 512], "K": 7168}),
+    "Flash o_b, a chunk of a prompt": ("fp8_matmul", {"rows": 2048, "N": 4096, "K": 8192}),
     "Pro o_b, a batch": ("fp8_matmul", {"rows": 64, "N": 7168, "K": 16384}),
     "Pro q_a, prefill, float32 scales": ("fp8_matmul", {"rows": 512, "N": 1536, "K": 7168, "scale": "float32"}),
     "codes, prefill": ("fp8_matmul", {"rows": 512, "N": 1024, "K": 4096, "x": "float8_e4m3fn", "x_scale": "float32"}),
