@@ -42,6 +42,7 @@ from pallas_kernels.index_topk import tuning as index_tuning
 from pallas_kernels.index_topk.gpu import index_topk_gpu
 from pallas_kernels.kv_rows import empty_rows
 from pallas_kernels.put_rows import put_rows_tpu
+from pallas_kernels.rms_norm import rms_norm_tpu
 from pallas_kernels.round_index import round_index_tpu
 from pallas_kernels.round_rows import round_rows_tpu
 from pallas_kernels.sparse_mla import FirstN, Window
@@ -49,6 +50,7 @@ from pallas_kernels.sparse_mla import tpu as mla_tpu
 from pallas_kernels.sparse_mla import tuning as mla_tuning
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
+from pallas_kernels.store_rows import store_rows_tpu
 
 HEAD_DIM, ROPE_DIM, WINDOW, INDEX_HEADS, INDEX_DIM, STREAMS = 512, 64, 128, 64, 128, 4
 PREFILL = 512  # tokens of a chunk; the profiler unrolls the grid, so longer ones take it minutes
@@ -163,6 +165,17 @@ def norm_heads(target: Chip, rows: int, H: int):
     return run, (array(jnp.bfloat16, rows, 1, H, HEAD_DIM), table, table)
 
 
+def rms_norm(target: Chip, rows: int, D: int):
+    run = lambda x, w: rms_norm_tpu(x, w, eps=1e-6, chip=target)
+    return run, (array(jnp.bfloat16, rows, D), array(jnp.float32, D))
+
+
+def store_rows(target: Chip, rows: int):
+    table = array(jnp.float32, rows, 1, ROPE_DIM // 2)
+    run = lambda *args: store_rows_tpu(*args, eps=1e-6, chip=target)
+    return run, (array(jnp.bfloat16, rows, 1, HEAD_DIM), array(jnp.float32, HEAD_DIM), table, table)
+
+
 def round_rows(target: Chip, rows: int, K: int):
     return lambda x: round_rows_tpu(x, chip=target), (array(jnp.bfloat16, rows, K),)
 
@@ -250,6 +263,9 @@ def row_work(name: str, m: Model, rows: int) -> Iterator[Work]:
     phase = phase_of(rows)
     heads = {"rows": rows, "H": m.H}
     yield Work("norm_heads", name, "q", phase, heads, rows * (4 * m.H * HEAD_DIM + 4 * ROPE_DIM), 0)
+    yield Work("rms_norm", name, "q_a", phase, {"rows": rows, "D": m.Q}, 4 * rows * m.Q + 4 * m.Q, 0)
+    nbytes = rows * (2 * HEAD_DIM + 4 * ROPE_DIM + 584) + 4 * HEAD_DIM
+    yield Work("store_rows", name, "kv", phase, {"rows": rows}, nbytes, 0)
     for shape, K in {"x": m.M, "o": m.G * m.O}.items():
         yield Work("round_rows", name, shape, phase, {"rows": rows, "K": K}, 4 * rows * K, 0)
     yield Work("round_index", name, "q", phase, {"rows": rows}, 4 * rows * INDEX_HEADS * INDEX_DIM, 0)
@@ -329,7 +345,7 @@ def occupancy(kernel: dict[str, int], target: Chip) -> dict[str, Any]:
 
 KERNEL_NAMES = (
     "fp8_matmul", "fp8_output_projection", "expert_matmul", "sparse_mla", "index_topk", "index_picks", "norm_heads",
-    "round_rows", "round_index", "hyper_connection", "put_rows",
+    "rms_norm", "store_rows", "round_rows", "round_index", "hyper_connection", "put_rows",
 )  # fmt: skip
 
 

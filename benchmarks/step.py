@@ -54,6 +54,8 @@ PARTS = {  # start of a kernel's name -> what it is part of
     "index": "indexer",
     "hyper_connection": "hyper-connections",
     "norm_heads": "sparse MLA",
+    "store_rows": "sparse MLA",
+    "rms_norm": REST,
     "round_rows": REST,
     "round_index": "indexer",
 }

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax.cache import LayerCache, Step, StoredRows, extend_window
+from dsv4_jax.cache import LayerCache, Step, StoredRows, as_stored, extend_window
 from dsv4_jax.compressor import Compressor, visible_entries
 from dsv4_jax.config import CSA, HCA, SLIDING, LayerSpec, ModelConfig
 from dsv4_jax.indexer import Indexer
@@ -50,7 +50,7 @@ class Attention(nnx.Module, abc.ABC):
         self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
         linear = lambda rows, columns: weight((rows, columns), dtype, quantization, "fp8")
         self.q_a_proj = linear(config.q_lora_rank, config.hidden_size)
-        self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, kernels)
         self.q_b_proj = linear(heads * dim, config.q_lora_rank)
         self.kv_proj = linear(dim, config.hidden_size)
         self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
@@ -65,7 +65,7 @@ class Attention(nnx.Module, abc.ABC):
         compress = self.compress(inputs, latent, rotation, rope, cache, step)
         query, kv, *compressed = fork(
             lambda: self._query(latent, rotation),
-            lambda: self._rounding(cache.window)(apply_rope(self.kv_norm(rows), rotation)),
+            lambda: self._store(rows, self.kv_norm, rotation, cache.window),
             *compress,
         )
         window, ring = extend_window(cache.window, kv, step, self.window, self.kernels.put_rows)
@@ -97,9 +97,11 @@ class Attention(nnx.Module, abc.ABC):
         latent, rows = self._project(x, self.q_a_proj, self.kv_proj)
         return self.q_a_norm(latent), rows
 
-    def _rounding(self, held: StoredRows) -> Callable[[jax.Array], jax.Array]:
-        """What rounds KV rows for `held`; nothing where that holds 8 bits, which are the same rounding."""
-        return (lambda rows: rows) if isinstance(held, Fp8Rows) else lambda rows: self.numerics.kv(rows, self.rope_dim)
+    def _store(self, rows: jax.Array, norm: RMSNorm, rotation: Rotation, held: StoredRows) -> StoredRows:
+        """KV rows [B, T, D] as projected or pooled -> normed, rotated, rounded, in the form in which `held` is."""
+        if isinstance(held, Fp8Rows):  # whose rounding is that of every numerics
+            return self.kernels.store_rows(rows, norm.weight[...], rotation, norm.eps)
+        return as_stored(self.numerics.kv(apply_rope(norm(rows), rotation), self.rope_dim), held)
 
     def _project(self, x: jax.Array, *weights: nnx.Param) -> tuple[jax.Array, ...]:
         """x times each weight; all are quantised alike, or none is."""
@@ -155,7 +157,7 @@ class HcaAttention(Attention):
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
         held, put = cache.compressor, self.kernels.put_rows
-        return (lambda: self.compressor(inputs[0], rope, held, step, self._rounding(held.entries), put),)
+        return (lambda: self.compressor(inputs[0], rope, held, step, self._store, put),)
 
     def gather(self, compressed, cache, step):
         picks = FirstN(visible_entries(step, self.ratio))
@@ -188,7 +190,7 @@ class CsaAttention(Attention):
         held, put = cache.compressor, self.kernels.put_rows
         return (
             lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step),
-            lambda: self.compressor(main, rope, held, step, self._rounding(held.entries), put),
+            lambda: self.compressor(main, rope, held, step, self._store, put),
         )
 
     def gather(self, compressed, cache, step):

@@ -206,10 +206,9 @@ def _read_rows(ring: jax.Array, rows: jax.Array, step: Step, positions: jax.Arra
     return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(jnp.concatenate([ring, rows], 1), index)
 
 
-def extend_window(ring: Rows, rows: jax.Array, step: Step, size: int, put: Put = put_rows) -> tuple[Window, Rows]:
-    """What this step's queries can see of the window, with its wide rows [B, T, D], and the ring after the step."""
-    slots, T = ring.shape[1], rows.shape[1]
-    stored = as_stored(rows, ring)
+def extend_window(ring: Rows, stored: Rows, step: Step, size: int, put: Put = put_rows) -> tuple[Window, Rows]:
+    """What this step's queries see of the window, with its rows [B, T, D] as stored, and the ring after the step."""
+    slots, T = ring.shape[1], stored.shape[1]
     written = write_ring(ring, stored, step, put)
     if T <= slots - size + 1:  # the ring still holds everything the first query needs
         newest = step.end[:, None] - 1
@@ -222,8 +221,8 @@ def extend_window(ring: Rows, rows: jax.Array, step: Step, size: int, put: Put =
 
 
 def write_entries(
-    entries: StoredRows, fresh: jax.Array, first: jax.Array, complete: jax.Array, put: Put = put_rows
+    entries: StoredRows, fresh: StoredRows, first: jax.Array, complete: jax.Array, put: Put = put_rows
 ) -> StoredRows:
-    """Put the complete ones of wide fresh [B, E, d] at indices first .. first + E - 1 of entries [B, N, d]."""
+    """Put the complete ones of fresh [B, E, d], as stored, at indices first .. first + E - 1 of entries [B, N, d]."""
     index = first[:, None] + jnp.arange(fresh.shape[1])
-    return put(entries, as_stored(fresh, entries), jnp.where(complete, index, entries.shape[1]))  # the rest is dropped
+    return put(entries, fresh, jnp.where(complete, index, entries.shape[1]))  # the rest is dropped

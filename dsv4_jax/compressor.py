@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax.cache import CompressorCache, Put, Step, read_rows, write_entries, write_ring
+from dsv4_jax.cache import CompressorCache, Put, Step, StoredRows, read_rows, write_entries, write_ring
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.linear import RMSNorm, matmul
-from dsv4_jax.rope import RopeTable, Rotation, apply_rope
+from dsv4_jax.rope import RopeTable, Rotation
 from pallas_kernels.put_rows import put_rows
 
 Projected = tuple[jax.Array, jax.Array]  # kv and gate (with its position bias) of this step's tokens
+# Entries [B, E, dim], their norm, their rotation, and the rows they will be put among -> the entries as those are held.
+Store = Callable[[jax.Array, RMSNorm, Rotation, StoredRows], StoredRows]
 
 
 class Compressor(nnx.Module):
@@ -43,12 +45,12 @@ class Compressor(nnx.Module):
         rope: RopeTable,
         cache: CompressorCache,
         step: Step,
-        rounded: Callable[[jax.Array], jax.Array],
+        store: Store,
         put: Put = put_rows,
     ) -> CompressorCache:
-        """What `project` gave -> the cache with these rows and every entry that they complete, `rounded` last.
+        """What `project` gave -> the cache with these rows and every entry that they complete.
 
-        put: how the platform writes rows.
+        store: norms and rotates entries, in the form in which those before them are held; put: how rows are written.
         """
         kv, gate = projected
         first = step.start // self.ratio
@@ -56,9 +58,9 @@ class Compressor(nnx.Module):
         complete = (index + 1) * self.ratio <= step.end[:, None]
         # Read out here, barred from moving: a table that goes into a branch is copied there, on TPU.
         rotation = jax.lax.optimization_barrier(rope(index * self.ratio))
-        pool = lambda: rounded(self._pool(kv, gate, index, rotation, cache, step))
+        pool = lambda: store(self._pool(kv, gate, index, cache, step), self.kv_norm, rotation, cache.entries)
         if kv.shape[1] < self.ratio:  # most steps complete nothing
-            blank = jnp.zeros((*index.shape, self.dim), self.dtype)
+            blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pool))
             fresh = jax.lax.cond(complete.any(), pool, lambda: blank)
         else:
             fresh = pool()
@@ -66,16 +68,14 @@ class Compressor(nnx.Module):
         kv, gate = write_ring((cache.kv, cache.gate), (kv, gate), step, put)
         return CompressorCache(kv, gate, entries)
 
-    def _pool(self, kv, gate, index, rotation: Rotation, cache: CompressorCache, step: Step) -> jax.Array:
-        """Entries `index` [B, E] -> [B, E, dim], normed and rotated at the first position of their own window."""
+    def _pool(self, kv, gate, index, cache: CompressorCache, step: Step) -> jax.Array:
+        """Entries `index` [B, E] -> [B, E, dim], neither normed nor rotated."""
         first = index * self.ratio
         rows, gates = (self._window_rows(ring, new, first, step) for ring, new in ((cache.kv, kv), (cache.gate, gate)))
         if self.overlap:  # entry 0 has no window before its own
             absent = (first == 0)[..., None] & (jnp.arange(2 * self.ratio) < self.ratio)
             gates = jnp.where(absent[..., None], -jnp.inf, gates)
-        pooled = jnp.sum(jax.nn.softmax(gates, axis=2) * rows, axis=2)
-        entry = self.kv_norm(pooled.astype(self.dtype))
-        return apply_rope(entry, rotation)
+        return jnp.sum(jax.nn.softmax(gates, axis=2) * rows, axis=2).astype(self.dtype)
 
     def _window_rows(self, ring, new, first, step: Step) -> jax.Array:
         """[B, E, rows, dim] of one per-token quantity: the window before (its first half of channels), then the own."""

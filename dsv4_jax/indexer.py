@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax.cache import CompressorCache, Step
+from dsv4_jax.cache import CompressorCache, Step, StoredRows, as_stored
 from dsv4_jax.compressor import Compressor, Projected, visible_entries
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
-from dsv4_jax.linear import linear, weight
+from dsv4_jax.linear import RMSNorm, linear, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation, apply_rope
 from dsv4_jax.sharding import SINGLE, Parallel
@@ -54,7 +54,7 @@ class Indexer(nnx.Module):
 
         -> the entries each query picks, and the cache.
         """
-        cache = self.compressor(projected, rope, cache, step, self.numerics.index, self.kernels.put_rows)
+        cache = self.compressor(projected, rope, cache, step, self._store, self.kernels.put_rows)
         visible = visible_entries(step, self.ratio)
         if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
             return FirstN(visible), cache
@@ -65,3 +65,7 @@ class Indexer(nnx.Module):
         q = self.numerics.index(apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation)))
         picks = self.kernels.pick_entries(q, weights, cache.entries, mine, top_k=self.top_k)
         return jax.tree.map(lambda x: self.parallel.join_sequence(x, visible.shape[1]), picks), cache
+
+    def _store(self, keys: jax.Array, norm: RMSNorm, rotation: Rotation, held: StoredRows) -> StoredRows:
+        """Pooled keys [B, E, D] -> normed, rotated, rounded, in the form in which `held` is."""
+        return as_stored(self.numerics.index(apply_rope(norm(keys), rotation)), held)

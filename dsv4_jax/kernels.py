@@ -33,19 +33,31 @@ from pallas_kernels.index_rows import Fp4Rows, dequantize_index_rows
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.index_topk.tpu import index_topk_tpu
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS
+from pallas_kernels.kv_rows import Fp8Rows
 from pallas_kernels.mask_bits import LANES
 from pallas_kernels.put_rows import put_rows, put_rows_tpu
 from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
+from pallas_kernels.rms_norm import rms_norm, rms_norm_tpu
 from pallas_kernels.round_index import round_index, round_index_tpu
 from pallas_kernels.round_rows import round_rows, round_rows_tpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
+from pallas_kernels.store_rows import store_rows, store_rows_tpu
+from pallas_kernels.store_rows.tpu import is_whole
 
 IndexKeys = jax.Array | Fp4Rows | QuantizedArray  # [B, N, D]
 MASK_LIMIT = 16  # entries per pick up to which a TPU reads all of them under a mask; beyond, picked rows are gathered
 
 
-class AttentionKernels(abc.ABC):
+class NormKernels(abc.ABC):
+    """What a platform must supply for norms."""
+
+    @abc.abstractmethod
+    def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+        """See `pallas_kernels.rms_norm.reference.rms_norm`."""
+
+
+class AttentionKernels(NormKernels):
     """What a platform must supply; every implementation keeps the contract of the reference it names."""
 
     has_streams = False  # lanes of the schedule are streams of the device
@@ -86,6 +98,10 @@ class AttentionKernels(abc.ABC):
     @abc.abstractmethod
     def sparse_mla(self, q, positions, window: Window, entries, picks: Picks | None, sinks, *, scale: float):
         """See `pallas_kernels.sparse_mla.reference.sparse_mla`."""
+
+    @abc.abstractmethod
+    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float) -> Fp8Rows:
+        """KV rows [B, T, D], rotation [B, T, R / 2]; see `pallas_kernels.store_rows.reference.store_rows`."""
 
     @abc.abstractmethod
     def put_rows(self, held, rows, index: jax.Array):
@@ -153,8 +169,14 @@ class XlaKernels(Kernels):
     def round_index(self, x: jax.Array) -> jax.Array:
         return round_index(x)
 
+    def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+        return rms_norm(x, weight, eps=eps)
+
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
         return norm_heads(q, rotation.cos, rotation.sin, eps=eps)
+
+    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float) -> Fp8Rows:
+        return store_rows(rows, weight, rotation.cos, rotation.sin, eps=eps)
 
     def output_projection(
         self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
@@ -239,6 +261,19 @@ class TpuKernels(XlaKernels):
         if x.shape[-1] != LANES:
             return round_index(x)
         return differentiable(functools.partial(round_index_tpu, **self._options), round_index, x)
+
+    def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+        plain = functools.partial(rms_norm, eps=eps)
+        if x.shape[-1] % LANES:
+            return plain(x, weight)
+        return differentiable(functools.partial(rms_norm_tpu, eps=eps, **self._options), plain, x, weight)
+
+    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float) -> Fp8Rows:
+        plain = functools.partial(store_rows, eps=eps)
+        args = rows, weight, rotation.cos, rotation.sin
+        if not is_whole(rows.shape[-1], 2 * rotation.cos.shape[-1]):  # of a model smaller than the published
+            return plain(*args)
+        return differentiable(functools.partial(store_rows_tpu, eps=eps, **self._options), plain, *args)
 
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
         plain = functools.partial(norm_heads, eps=eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 
 from dsv4_jax.config import Quantization, WeightFormat
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Turned, Weight, dequantize, dequantize_halves
+from pallas_kernels.rms_norm import rms_norm
 
 FEW_ROWS = 2  # up to which a CPU reads a weight once a row sooner than it packs it for one product
 
@@ -65,18 +67,22 @@ def _row_by_row(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.stack([_matmul(rows[i], w) for i in range(len(rows))]).reshape(*x.shape[:-1], -1)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
-    """x / rms(x) over the last axis, times `weight` if there is one: fp32 inside, one rounding to x.dtype."""
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide if weight is None else wide * weight).astype(x.dtype)
+class Norms(Protocol):
+    """What a platform may do faster."""
+
+    def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+        """See `pallas_kernels.rms_norm.reference.rms_norm`."""
+        ...
 
 
 class RMSNorm(nnx.Module):
     """`rms_norm` with a learned fp32 weight [D]."""
 
-    def __init__(self, dim: int, eps: float):
-        self.weight, self.eps = nnx.Param(jnp.ones((dim,), jnp.float32)), eps
+    def __init__(self, dim: int, eps: float, kernels: Norms | None = None):
+        self.weight, self.eps, self.kernels = nnx.Param(jnp.ones((dim,), jnp.float32)), eps, kernels
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], self.eps)
+        """x [..., D] -> [..., D]."""
+        if self.kernels is None:
+            return rms_norm(x, self.weight[...], eps=self.eps)
+        return self.kernels.rms_norm(x, self.weight[...], self.eps)

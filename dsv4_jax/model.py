@@ -59,7 +59,7 @@ class DeepseekV4(nnx.Module):
         shared = (kernels, numerics, dtype, schedule, parallel)
         self.layers = nnx.List([DecoderLayer(config, spec, *shared) for spec in config.layers])
         self.hc_head = HyperHead(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.lm_head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
         self.mtp = nnx.List([MtpLayer(config, spec, *shared) for spec in config.mtp_layers])
         main, compress = rope_specs(config)

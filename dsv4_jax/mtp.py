@@ -32,13 +32,13 @@ class MtpLayer(nnx.Module):
     ):
         M = config.hidden_size
         self.kernels, self.numerics, self.schedule = kernels, numerics, schedule
-        self.enorm = RMSNorm(M, config.rms_norm_eps)
-        self.hnorm = RMSNorm(M, config.rms_norm_eps)
+        self.enorm = RMSNorm(M, config.rms_norm_eps, kernels)
+        self.hnorm = RMSNorm(M, config.rms_norm_eps, kernels)
         self.e_proj = weight((M, M), dtype, config.quantization, "fp8")
         self.h_proj = weight((M, M), dtype, config.quantization, "fp8")
         self.block = DecoderLayer(config, spec, kernels, numerics, dtype, schedule, parallel)
         self.hc_head = HyperHead(config)
-        self.norm = RMSNorm(M, config.rms_norm_eps)
+        self.norm = RMSNorm(M, config.rms_norm_eps, kernels)
 
     def __call__(
         self, streams: jax.Array, embedded: jax.Array, rope: RopeTable, cache: LayerCache, step: Step

@@ -17,12 +17,12 @@ from dsv4_jax.compressor import Compressor
 from dsv4_jax.experts import clamped_swiglu
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead
 from dsv4_jax.layer import DecoderLayer
-from dsv4_jax.linear import rms_norm
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.moe import Router, SparseMoe, router_scores
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation
 from pallas_kernels.index_topk.xla import kth_largest
+from pallas_kernels.rms_norm import rms_norm
 
 
 @dataclass
@@ -152,7 +152,7 @@ def attention(attn: Attention, x: jax.Array, rope: RopeTable, trace: Trace, inde
     rows = rotate(attn.kv_norm(linear(x, attn.kv_proj.get_value(), numerics)), rotation)
     rows = numerics.kv(rows, attn.rope_dim)
     q = linear(latent, attn.q_b_proj.get_value(), numerics).reshape(B, T, attn.heads, attn.dim)
-    q = rotate(rms_norm(q, None, attn.eps), rotation)
+    q = rotate(rms_norm(q, None, eps=attn.eps), rotation)
     entries, visible, scores = rows[:, :0], jnp.ones((T, 0), bool), None
     if isinstance(attn, (CsaAttention, HcaAttention)):
         entries = numerics.kv(pool(attn.compressor, x, rope), attn.rope_dim)

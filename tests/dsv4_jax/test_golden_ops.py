@@ -13,7 +13,7 @@ from dsv4_jax.compressor import Compressor
 from dsv4_jax.config import LayerSpec, ModelConfig, Yarn
 from dsv4_jax.experts import clamped_swiglu
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead
-from dsv4_jax.linear import linear, matmul, rms_norm
+from dsv4_jax.linear import linear, matmul
 from dsv4_jax.moe import router_scores, routing_weights
 from dsv4_jax.numerics import OfficialNumerics
 from dsv4_jax.presets import PRESETS
@@ -24,6 +24,7 @@ from pallas_kernels.formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack
 from pallas_kernels.index_rows import dequantize_index_rows, quantize_index_rows
 from pallas_kernels.index_topk import index_scores, pick_entries, pick_entries_xla
 from pallas_kernels.kv_rows import dequantize_rows, quantize_rows
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.round_index import round_fp4
 from pallas_kernels.round_rows import round_rows
 from pallas_kernels.sparse_mla import Indices, Mask, Window, sparse_mla, sparse_mla_xla
@@ -139,8 +140,8 @@ def test_bfloat16_products_accumulate_in_float32():
 def test_rms_norm():
     want = data("rmsnorm")
     x = jnp.asarray(want["x"])
-    close(rms_norm(x, jnp.asarray(want["weight"]), 1e-6), want["weighted_f64"])
-    close(rms_norm(x, None, 1e-6), want["unweighted_f64"])
+    close(rms_norm(x, jnp.asarray(want["weight"]), eps=1e-6), want["weighted_f64"])
+    close(rms_norm(x, None, eps=1e-6), want["unweighted_f64"])
 
 
 @pytest.mark.parametrize(("name", "n", "iterations"), [("hc4_it20", 4, 20), ("hc4_it1", 4, 1), ("hc2_it20", 2, 20)])
@@ -191,7 +192,8 @@ def test_compressor_entries(name, ratio):
     step = Step(jnp.zeros((1, T), jnp.int32), jnp.zeros(1, jnp.int32), jnp.asarray([T]))
     table = RopeTable(RopeSpec(160000.0, 16), 512)
     projected = module.project(jnp.asarray(np.concatenate([kv, gate], axis=1))[None], step)
-    after = module(projected, table, cache, step, lambda entries: entries)
+    store = lambda rows, norm, rotation, held: apply_rope(norm(rows), rotation)
+    after = module(projected, table, cache, step, store)
     close(after.entries[0, : len(entries)], entries)
     assert len(entries) == T // ratio and (after.entries[0, len(entries) :] == 7.0).all()  # no unfinished window
 

@@ -76,6 +76,7 @@ def test_a_step_writes_8_bit_rows_in_place():
     program = str(jax.make_jaxpr(lambda model, *args: model(*args))(model, tokens, cache, count))
     calls = collections.Counter(re.findall(r"name=(\w+)", program))
     assert calls["put_rows"] == 3 + 2 + 1  # windows, entries, index keys
+    assert calls["store_rows"] == 3 + 2  # windows, entries
 
 
 @pytest.mark.slow
@@ -96,4 +97,5 @@ def test_the_step_calls_the_kernel_in_every_kind_of_layer(name, T):
     assert calls["expert_matmul"] == 2 * 3 and calls["fp8_matmul"] == 3 * (3 + 2) + 1  # q_a with kv; the indexer's
     assert calls["norm_heads"] == 3 and calls["round_rows"] == 3 * (4 + 3) + 1  # in front of all of those but o_a
     assert calls["round_index"] == 2  # queries and keys
+    assert calls["rms_norm"] == 3  # of the queries' latent
     assert calls["hyper_connection_collapse"] == calls["hyper_connection_expand"] == 2 * 3
