@@ -181,7 +181,9 @@ def round_rows(target: Chip, rows: int, K: int):
 
 
 def round_index(target: Chip, rows: int):
-    return lambda x: round_index_tpu(x, chip=target), (array(jnp.bfloat16, rows, INDEX_HEADS, INDEX_DIM),)
+    table = array(jnp.float32, rows, 1, ROPE_DIM // 2)
+    run = lambda *args: round_index_tpu(*args, chip=target)
+    return run, (array(jnp.bfloat16, rows, INDEX_HEADS, INDEX_DIM), table, table)
 
 
 def collapse(target: Chip, rows: int, M: int):

@@ -12,7 +12,7 @@ from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import RMSNorm, linear, weight
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.rope import RopeTable, Rotation, apply_rope
+from dsv4_jax.rope import RopeTable, Rotation
 from dsv4_jax.sharding import SINGLE, Parallel
 from pallas_kernels.sparse_mla import FirstN, Picks
 
@@ -62,10 +62,10 @@ class Indexer(nnx.Module):
         latent, weights, rotation, mine = jax.tree.map(self.parallel.split_sequence, inputs)
         latent = self.numerics.activations(latent, self.q_b_proj.get_value())
         q = self.kernels.project(latent, self.q_b_proj.get_value()).reshape(*latent.shape[:2], self.heads, self.dim)
-        q = self.numerics.index(apply_rope(q, jax.tree.map(lambda table: table[:, :, None], rotation)))
+        q = self.numerics.rotated_index(q, jax.tree.map(lambda table: table[:, :, None], rotation))
         picks = self.kernels.pick_entries(q, weights, cache.entries, mine, top_k=self.top_k)
         return jax.tree.map(lambda x: self.parallel.join_sequence(x, visible.shape[1]), picks), cache
 
     def _store(self, keys: jax.Array, norm: RMSNorm, rotation: Rotation, held: StoredRows) -> StoredRows:
         """Pooled keys [B, E, D] -> normed, rotated, rounded, in the form in which `held` is."""
-        return as_stored(self.numerics.index(apply_rope(norm(keys), rotation)), held)
+        return as_stored(self.numerics.rotated_index(norm(keys), rotation), held)

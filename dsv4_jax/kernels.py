@@ -38,7 +38,7 @@ from pallas_kernels.mask_bits import LANES
 from pallas_kernels.put_rows import put_rows, put_rows_tpu
 from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
 from pallas_kernels.rms_norm import rms_norm, rms_norm_tpu
-from pallas_kernels.round_index import round_index, round_index_tpu
+from pallas_kernels.round_index import rotated_index, round_index_tpu
 from pallas_kernels.round_rows import round_rows, round_rows_tpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
@@ -142,8 +142,8 @@ class RoundingKernels(abc.ABC):
         """See `pallas_kernels.round_rows.reference.round_rows`."""
 
     @abc.abstractmethod
-    def round_index(self, x: jax.Array) -> jax.Array:
-        """See `pallas_kernels.round_index.reference.round_index`."""
+    def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        """x [..., D], rotation [..., R / 2]; see `pallas_kernels.round_index.reference.rotated_index`."""
 
 
 class Kernels(AttentionKernels, ExpertKernels, StreamKernels, RoundingKernels):
@@ -166,8 +166,8 @@ class XlaKernels(Kernels):
     def round_rows(self, x: jax.Array) -> jax.Array:
         return round_rows(x)
 
-    def round_index(self, x: jax.Array) -> jax.Array:
-        return round_index(x)
+    def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        return rotated_index(x, rotation.cos, rotation.sin)
 
     def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
         return rms_norm(x, weight, eps=eps)
@@ -257,10 +257,11 @@ class TpuKernels(XlaKernels):
             return round_rows(x)
         return differentiable(functools.partial(round_rows_tpu, **self._options), round_rows, x)
 
-    def round_index(self, x: jax.Array) -> jax.Array:
-        if x.shape[-1] != LANES:
-            return round_index(x)
-        return differentiable(functools.partial(round_index_tpu, **self._options), round_index, x)
+    def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        args = x, rotation.cos, rotation.sin
+        if x.shape[-1] != LANES or 2 * rotation.cos.shape[-1] > LANES:  # of a model smaller than the published
+            return rotated_index(*args)
+        return differentiable(functools.partial(round_index_tpu, **self._options), rotated_index, *args)
 
     def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
         plain = functools.partial(rms_norm, eps=eps)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.quantized import QuantizedArray, Weight
+from dsv4_jax.rope import Rotation, apply_rope
 from pallas_kernels.round_index import round_index
 from pallas_kernels.round_rows import round_rows
 
@@ -29,8 +30,8 @@ class Rounds(Protocol):
         """See `pallas_kernels.round_rows.reference.round_rows`."""
         ...
 
-    def round_index(self, x: jax.Array) -> jax.Array:
-        """See `pallas_kernels.round_index.reference.round_index`."""
+    def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        """See `pallas_kernels.round_index.reference.rotated_index`."""
         ...
 
 
@@ -64,6 +65,10 @@ class Numerics(abc.ABC):
     @abc.abstractmethod
     def index(self, x: jax.Array) -> jax.Array:
         """Index queries or keys [..., D], rotated."""
+
+    def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        """Index queries or keys [..., D], to be rotated by [..., R / 2] first."""
+        return self.index(apply_rope(x, rotation))
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,10 @@ class OfficialNumerics(Numerics):
         return jnp.concatenate([round_rows(still, KV_GROUP), turning], axis=-1)
 
     def index(self, x: jax.Array) -> jax.Array:
-        return round_index(x) if self.kernels is None else self.kernels.round_index(x)
+        return round_index(x)
+
+    def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        return super().rotated_index(x, rotation) if self.kernels is None else self.kernels.rotated_index(x, rotation)
 
 
 NUMERICS: dict[str, Numerics] = {"exact": ExactNumerics(), "official": OfficialNumerics()}

@@ -34,10 +34,10 @@ def words_for(entries: int) -> int:
 def pack_mask(mask: jax.Array) -> MaskBits:
     """bool [B, T, N] -> MaskBits."""
     *lead, size = mask.shape
-    mask = jnp.pad(mask, [(0, 0)] * len(lead) + [(0, words_for(size) * WORD - size)])
-    planes = mask.reshape(*lead, -1, WORD, LANES).astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)[:, None]
-    words = jax.lax.bitcast_convert_type(planes.sum(-2, dtype=jnp.uint32), jnp.int32)
-    return MaskBits(words.reshape(*lead, -1), size)
+    bits = min(WORD, -(-size // LANES))  # that are used at all: few, where there are few entries
+    mask = jnp.pad(mask, [(0, 0)] * len(lead) + [(0, -size % (bits * LANES))])
+    planes = mask.reshape(*lead, -1, bits, LANES).astype(jnp.int32) << jnp.arange(bits, dtype=jnp.int32)[:, None]
+    return MaskBits(planes.sum(-2, dtype=jnp.int32).reshape(*lead, -1), size)
 
 
 def unpack_mask(bits: MaskBits) -> jax.Array:

@@ -92,13 +92,18 @@ def block_rows(group: int, rows: int) -> tuple[slice, slice]:
 
 def inverse_rope(o, cos, sin):
     """Turn back interleaved pairs of the trailing channels of o [B, T, H, D] by cos, sin [B, T, R / 2], in fp32."""
+    return turn(o, cos[:, :, None], -sin[:, :, None])
+
+
+def turn(x, cos, sin):
+    """Turn interleaved pairs of the trailing channels of x [..., D] by cos, sin [..., R / 2], broadcast, in fp32."""
     half = cos.shape[-1]
-    still, turning = o[..., : -2 * half], o[..., -2 * half :].astype(jnp.float32)
-    cos, sin = (table.astype(jnp.float32)[:, :, None] for table in (cos, sin))
+    still, turning = x[..., : -2 * half], x[..., -2 * half :].astype(jnp.float32)
+    cos, sin = (table.astype(jnp.float32) for table in (cos, sin))
     pairs = turning.reshape(*turning.shape[:-1], half, 2)
     a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos + b * sin, b * cos - a * sin], axis=-1).reshape(turning.shape)
-    return jnp.concatenate([still, turned.astype(o.dtype)], axis=-1)
+    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(turning.shape)
+    return jnp.concatenate([still, turned.astype(x.dtype)], axis=-1)
 
 
 def grouped_output_projection(o, cos, sin, w, scale, *, groups: int):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats import decode_e8m0, fp4_scale, hadamard, in_groups, round_e2m1
+from pallas_kernels.fp8_matmul.reference import turn
 from pallas_kernels.index_rows import GROUP
 
 
@@ -24,3 +25,11 @@ def round_index(x: jax.Array) -> jax.Array:
     Source: architecture 5 and 8.3.
     """
     return round_fp4(hadamard(x))
+
+
+def rotated_index(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Index queries or keys [..., D], rotated and rounded to x.dtype, then `round_index`.
+
+    cos, sin: float32 [..., R / 2], broadcast; they turn the trailing R channels, in pairs. Source: architecture 3.4.
+    """
+    return round_index(turn(x, cos, sin))

@@ -30,7 +30,8 @@ def _encode(chunk: jax.Array, is_low: jax.Array) -> tuple[jax.Array, list[jax.Ar
 
 
 def _kernel(x_ref, weight_ref, own_ref, partner_ref, codes_ref, scales_ref, rope_ref, *, eps: float):
-    factor, (rows, coded) = rms_factor(x_ref, eps), codes_ref.shape
+    factor, (rows, *alone, coded) = rms_factor(x_ref, eps), codes_ref.shape
+    at = (slice(None), *(0 for _ in alone))
     lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
     scales = jnp.zeros((rows, LANES), jnp.int32)
     for start in range(0, x_ref.shape[1], LANES):
@@ -38,15 +39,15 @@ def _kernel(x_ref, weight_ref, own_ref, partner_ref, codes_ref, scales_ref, rope
         chunk = (x_ref[:, cut].astype(jnp.float32) * factor * weight_ref[:, cut]).astype(x_ref.dtype)
         if cut.stop == x_ref.shape[1]:
             chunk = rotate_back(chunk, own_ref[...], partner_ref[...])
-            rope_ref[...] = chunk[:, coded - start :].astype(rope_ref.dtype)
+            rope_ref[at] = chunk[:, coded - start :].astype(rope_ref.dtype)
         if coded <= start:
             continue
         codes, found = _encode(chunk.astype(jnp.float32), lane < GROUP)
         kept = min(coded - start, LANES)
-        codes_ref[:, start : start + kept] = codes[:, :kept].astype(codes_ref.dtype)
+        codes_ref[*at, start : start + kept] = codes[:, :kept].astype(codes_ref.dtype)
         for i, byte in enumerate(found[: kept // GROUP]):
             scales = jnp.where(lane == start // GROUP + i, byte, scales)
-    scales_ref[...] = scales[:, : scales_ref.shape[1]].astype(jnp.float32).astype(scales_ref.dtype)
+    scales_ref[at] = scales[:, : scales_ref.shape[-1]].astype(jnp.float32).astype(scales_ref.dtype)
 
 
 def store_rows_tpu(
@@ -74,13 +75,16 @@ def store_rows_tpu(
     tables = rotation_tables(*(t.astype(jnp.float32).reshape(B * T, -1) for t in (cos, -sin)))
     tile = row_tile(B * T, D)
     block = lambda width: pl.BlockSpec((tile, width), lambda i: (i, 0))
+    # One row a sequence is laid out as whoever puts it in its place wants it; XLA would copy it.
+    alone = (1,) if T == 1 else ()
+    out_block = lambda width: pl.BlockSpec((tile, *alone, width), lambda i: (i, *(0 for _ in alone), 0))
     kept = [(D - R, jnp.float8_e4m3fn), (scale_bytes(D - R), jnp.uint8), (R, jnp.bfloat16)]
     out = pl.pallas_call(
         functools.partial(_kernel, eps=eps),
         grid=(pl.cdiv(B * T, tile),),
         in_specs=[block(D), pl.BlockSpec((1, D), lambda i: (0, 0)), block(LANES), block(LANES)],
-        out_specs=[block(width) for width, _ in kept],
-        out_shape=[jax.ShapeDtypeStruct((B * T, width), dtype) for width, dtype in kept],
+        out_specs=[out_block(width) for width, _ in kept],
+        out_shape=[jax.ShapeDtypeStruct((B * T, *alone, width), dtype) for width, dtype in kept],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="store_rows",
