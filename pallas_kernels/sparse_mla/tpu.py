@@ -153,7 +153,7 @@ def _attend_piece(plan: Plan, q_ref, sinks_ref, state, pools, token: int, count:
     here = pl.ds(token * plan.heads, plan.config.rows)
     logits = [_logits(q_ref[here], rows, bias[token : token + count], nan, plan) for rows, bias, nan in pools]
     yield None
-    sink = jnp.concatenate([sinks_ref[...]] * count, axis=0)
+    sink = jnp.concatenate([sinks_ref[...] * LOG2E] * count, axis=0)
     before = jnp.maximum(sink, LOWEST) if state is None else state[0][here]
     peak = jnp.maximum(before, _row_max(sum(logits, [])))
     weights = [[jnp.exp2(x - peak[:, : x.shape[1]]) for x in part] for part in logits]
@@ -548,7 +548,7 @@ def _run(q, positions, window, entries, picks, sinks, *, scale, chip, config, sh
     specs, hbm = _Specs(plan), pl.BlockSpec(memory_space=pltpu.HBM)
     position = _pad(positions, 1, padded, -1)
     bounds = jnp.stack([position, position * 0 if count is None else count], axis=2).astype(jnp.int32)
-    sinks = jnp.broadcast_to(_pad(sinks.astype(jnp.float32) * LOG2E, 0, H, -jnp.inf)[:, None], (H, LANES))
+    sinks = jnp.broadcast_to(_pad(sinks.astype(jnp.float32), 0, H, -jnp.inf)[:, None], (H, LANES))
     q = _pad(_pad(q, 2, H), 1, padded).reshape(B, padded * H, D)
     operands = [
         (bounds, specs.tokens(config.tokens, 2)),
