@@ -30,6 +30,7 @@ from benchmarks import peer_tpu
 from benchmarks.copies import leave_out_copies
 from pallas_kernels.aot import Case, roofline_seconds, run_cases
 from pallas_kernels.chips import TPUS, Chip, chip
+from pallas_kernels.compressor_pool import pool_window_tpu
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
@@ -203,6 +204,14 @@ def put_rows(target: Chip, B: int, N: int):
     return lambda *args: put_rows_tpu(*args, chip=target), (held, fresh, array(jnp.int32, B, 1))
 
 
+def pool_window(target: Chip, B: int, ratio: int, D: int):
+    """Every sequence completes an entry."""
+    overlap = ratio == 4
+    ring, at = array(jnp.float32, B, ratio * (1 + overlap), D * (1 + overlap)), array(jnp.int32, B)
+    options: dict[str, Any] = {"ratio": ratio, "overlap": overlap, "dtype": jnp.bfloat16, "chip": target}
+    return lambda *args: pool_window_tpu(*args, **options), (ring, ring, at, at)
+
+
 def every_work() -> Iterator[Work]:
     for name, m in MODELS.items():
         for rows in (1, 64, PREFILL):
@@ -277,6 +286,9 @@ def row_work(name: str, m: Model, rows: int) -> Iterator[Work]:
     yield Work("expand", name, "streams", phase, sizes, rows * (2 * (2 * STREAMS + 1) * m.M + 4 * mix), 0)
     if phase == "decode":
         yield Work("put_rows", name, "entries", phase, {"B": rows, "N": 8192}, 2 * 584 * rows, 0)
+        for shape, (ratio, D) in {"CSA": (4, HEAD_DIM), "index": (4, INDEX_DIM), "HCA": (128, HEAD_DIM)}.items():
+            nbytes = 8 * rows * D * ratio * (4 if ratio == 4 else 1)  # kv and gates; two windows of two halves
+            yield Work("pool_window", name, shape, phase, {"B": rows, "ratio": ratio, "D": D}, nbytes + 2 * rows * D, 0)
 
 
 def known(work: Work, name: str) -> dict[str, Any]:
@@ -347,7 +359,7 @@ def occupancy(kernel: dict[str, int], target: Chip) -> dict[str, Any]:
 
 KERNEL_NAMES = (
     "fp8_matmul", "fp8_output_projection", "expert_matmul", "sparse_mla", "index_topk", "index_picks", "norm_heads",
-    "rms_norm", "store_rows", "round_rows", "round_index", "hyper_connection", "put_rows",
+    "rms_norm", "store_rows", "round_rows", "round_index", "hyper_connection", "put_rows", "pool_window",
 )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ PARTS = {  # start of a kernel's name -> what it is part of
     "expert_matmul": "experts",
     "sparse_mla": "sparse MLA",
     "put_rows": "sparse MLA",  # what they write is read there
+    "pool_window": REST,
     "index": "indexer",
     "hyper_connection": "hyper-connections",
     "norm_heads": "sparse MLA",

@@ -150,14 +150,13 @@ class HcaAttention(Attention):
         parallel: Parallel = SINGLE,
     ):
         super().__init__(config, spec, kernels, numerics, dtype, schedule, parallel)
-        self.compressor = Compressor(config, spec, config.head_dim, dtype)
+        self.compressor = Compressor(config, spec, kernels, config.head_dim, dtype)
 
     def inputs(self, x, step):
         return (lambda: self.compressor.project(x, step),)
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
-        held, put = cache.compressor, self.kernels.put_rows
-        return (lambda: self.compressor(inputs[0], rope, held, step, self._store, put),)
+        return (lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._store),)
 
     def gather(self, compressed, cache, step):
         picks = FirstN(visible_entries(step, self.ratio))
@@ -178,7 +177,7 @@ class CsaAttention(Attention):
         parallel: Parallel = SINGLE,
     ):
         super().__init__(config, spec, kernels, numerics, dtype, schedule, parallel)
-        self.compressor = Compressor(config, spec, config.head_dim, dtype)
+        self.compressor = Compressor(config, spec, kernels, config.head_dim, dtype)
         self.indexer = Indexer(config, spec, kernels, numerics, dtype, parallel)
 
     def inputs(self, x, step):
@@ -187,10 +186,9 @@ class CsaAttention(Attention):
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
         main, weights, keys = inputs
-        held, put = cache.compressor, self.kernels.put_rows
         return (
             lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step),
-            lambda: self.compressor(main, rope, held, step, self._store, put),
+            lambda: self.compressor(main, rope, cache.compressor, step, self._store),
         )
 
     def gather(self, compressed, cache, step):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax.cache import CompressorCache, Put, Step, StoredRows, read_rows, write_entries, write_ring
+from dsv4_jax.cache import CompressorCache, Step, StoredRows, read_rows, write_entries, write_ring
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
+from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.rope import RopeTable, Rotation
-from pallas_kernels.put_rows import put_rows
 
 Projected = tuple[jax.Array, jax.Array]  # kv and gate (with its position bias) of this step's tokens
 # Entries [B, E, dim], their norm, their rotation, and the rows they will be put among -> the entries as those are held.
@@ -26,7 +27,8 @@ class Compressor(nnx.Module):
     A token then has two halves: channels [:dim] feed the next entry, channels [dim:] its own.
     """
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, dim: int, dtype):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, kernels: AttentionKernels, dim: int, dtype):
+        self.kernels = kernels
         self.ratio, self.dim, self.overlap, self.dtype = spec.ratio, dim, spec.kind == CSA, dtype
         width = dim * (2 if self.overlap else 1)
         self.kv_proj = nnx.Param(jnp.zeros((width, config.hidden_size), dtype))
@@ -46,32 +48,39 @@ class Compressor(nnx.Module):
         cache: CompressorCache,
         step: Step,
         store: Store,
-        put: Put = put_rows,
     ) -> CompressorCache:
         """What `project` gave -> the cache with these rows and every entry that they complete.
 
-        store: norms and rotates entries, in the form in which those before them are held; put: how rows are written.
+        store: norms and rotates entries, in the form in which those before them are held.
         """
-        kv, gate = projected
-        first = step.start // self.ratio
-        index = first[:, None] + jnp.arange(math.ceil(kv.shape[1] / self.ratio), dtype=jnp.int32)
+        first, T = step.start // self.ratio, projected[0].shape[1]
+        index = first[:, None] + jnp.arange(math.ceil(T / self.ratio), dtype=jnp.int32)
         complete = (index + 1) * self.ratio <= step.end[:, None]
         # Read out here, barred from moving: a table that goes into a branch is copied there, on TPU.
         rotation = jax.lax.optimization_barrier(rope(index * self.ratio))
-        pool = lambda: store(self._pool(kv, gate, index, cache, step), self.kv_norm, rotation, cache.entries)
-        if kv.shape[1] < self.ratio:  # most steps complete nothing
+        finish = lambda pooled: store(pooled, self.kv_norm, rotation, cache.entries)
+        kv, gate = write_ring((cache.kv, cache.gate), projected, step, self.kernels.put_rows)
+        if self.kernels.pools_rings and self._holds_windows(kv.shape[1], T):
+            options: dict[str, Any] = {"ratio": self.ratio, "overlap": self.overlap, "dtype": self.dtype}
+            fresh = finish(self.kernels.pool_window(kv, gate, step.start, step.end, **options)[:, None])
+        elif T < self.ratio:  # most steps complete nothing
+            pool = lambda: finish(self._pool(projected, index, cache, step))
             blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pool))
             fresh = jax.lax.cond(complete.any(), pool, lambda: blank)
         else:
-            fresh = pool()
-        entries = write_entries(cache.entries, fresh, first, complete, put)
-        kv, gate = write_ring((cache.kv, cache.gate), (kv, gate), step, put)
+            fresh = finish(self._pool(projected, index, cache, step))
+        entries = write_entries(cache.entries, fresh, first, complete, self.kernels.put_rows)
         return CompressorCache(kv, gate, entries)
 
-    def _pool(self, kv, gate, index, cache: CompressorCache, step: Step) -> jax.Array:
-        """Entries `index` [B, E] -> [B, E, dim], neither normed nor rotated."""
+    def _holds_windows(self, slots: int, T: int) -> bool:
+        """Whether T tokens complete one entry at most, whose rows are all in the ring after they are written."""
+        return T <= min(self.ratio, slots - self.ratio * (1 + self.overlap) + 1)
+
+    def _pool(self, projected: Projected, index, cache: CompressorCache, step: Step) -> jax.Array:
+        """Entries `index` [B, E] -> [B, E, dim], neither normed nor rotated; the rings are as before the step."""
         first = index * self.ratio
-        rows, gates = (self._window_rows(ring, new, first, step) for ring, new in ((cache.kv, kv), (cache.gate, gate)))
+        rings = zip((cache.kv, cache.gate), projected, strict=True)
+        rows, gates = (self._window_rows(ring, new, first, step) for ring, new in rings)
         if self.overlap:  # entry 0 has no window before its own
             absent = (first == 0)[..., None] & (jnp.arange(2 * self.ratio) < self.ratio)
             gates = jnp.where(absent[..., None], -jnp.inf, gates)

@@ -34,7 +34,7 @@ class Indexer(nnx.Module):
         self.ratio, self.numerics, self.parallel = spec.ratio, numerics, parallel
         self.q_b_proj = weight((heads * dim, config.q_lora_rank), dtype, config.quantization, "fp8")
         self.weights_proj = nnx.Param(jnp.zeros((heads, config.hidden_size), dtype))
-        self.compressor = Compressor(config, spec, dim, dtype)
+        self.compressor = Compressor(config, spec, kernels, dim, dtype)
 
     def weigh(self, x: jax.Array) -> jax.Array:
         """x [B, T, M] -> the weight of each index head, scaled, [B, T, H] in x.dtype."""
@@ -54,7 +54,7 @@ class Indexer(nnx.Module):
 
         -> the entries each query picks, and the cache.
         """
-        cache = self.compressor(projected, rope, cache, step, self._store, self.kernels.put_rows)
+        cache = self.compressor(projected, rope, cache, step, self._store)
         visible = visible_entries(step, self.ratio)
         if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
             return FirstN(visible), cache

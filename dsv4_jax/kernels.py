@@ -22,6 +22,7 @@ from dsv4_jax.quantized import QuantizedArray, Stack, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
 from dsv4_jax.streams import collapse, expand
 from pallas_kernels.chips import Chip, chip, chip_of, require
+from pallas_kernels.compressor_pool import pool_window, pool_window_tpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, fp8_matmuls_tpu, grouped_output_projection_tpu
@@ -46,6 +47,7 @@ from pallas_kernels.store_rows import store_rows, store_rows_tpu
 from pallas_kernels.store_rows.tpu import is_whole
 
 IndexKeys = jax.Array | Fp4Rows | QuantizedArray  # [B, N, D]
+SUBLANES = 8  # rows of a tile of 32-bit values on a TPU
 MASK_LIMIT = 16  # entries per pick up to which a TPU reads all of them under a mask; beyond, picked rows are gathered
 
 
@@ -63,6 +65,7 @@ class AttentionKernels(NormKernels):
     has_streams = False  # lanes of the schedule are streams of the device
     prefill_chunk = 512  # tokens of a prompt that go through the model at a time
     loops_over_layers = False  # a prompt goes round a loop over layers of a kind, so that they are compiled once
+    pools_rings = False  # entries of short steps come from `pool_window`, out of rings that hold the step already
     reads_packed = True  # its kernels expand quantised weights tile by tile, so nobody should do so beforehand
 
     @property
@@ -106,6 +109,10 @@ class AttentionKernels(NormKernels):
     @abc.abstractmethod
     def put_rows(self, held, rows, index: jax.Array):
         """See `pallas_kernels.put_rows.reference.put_rows`."""
+
+    @abc.abstractmethod
+    def pool_window(self, kv, gate, start, end, *, ratio: int, overlap: bool, dtype) -> jax.Array:
+        """See `pallas_kernels.compressor_pool.reference.pool_window`."""
 
     @abc.abstractmethod
     def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
@@ -189,6 +196,9 @@ class XlaKernels(Kernels):
     def put_rows(self, held, rows, index: jax.Array):
         return put_rows(held, rows, index)
 
+    def pool_window(self, kv, gate, start, end, *, ratio: int, overlap: bool, dtype) -> jax.Array:
+        return pool_window(kv, gate, start, end, ratio=ratio, overlap=overlap, dtype=dtype)
+
     def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
         return pick_entries_xla(q, weights, wide_keys(keys, q.dtype), visible, top_k=top_k)
 
@@ -230,6 +240,7 @@ class TpuKernels(XlaKernels):
     name = "tpu"
     prefill_chunk = 2048
     loops_over_layers = True
+    pools_rings = True
     reads_packed = True
 
     def __post_init__(self):
@@ -302,6 +313,19 @@ class TpuKernels(XlaKernels):
         if not is_narrow or index.shape[1] > MOST_PUT:
             return put_rows(held, rows, index)
         return differentiable(functools.partial(put_rows_tpu, **self._options), put_rows, held, rows, index)
+
+    def pool_window(self, kv, gate, start, end, *, ratio: int, overlap: bool, dtype) -> jax.Array:
+        sizes: dict[str, Any] = {"ratio": ratio, "overlap": overlap, "dtype": dtype}
+        plain = lambda *args: pool_window(*args, **sizes)
+        if kv.shape[2] // (1 + overlap) % LANES:  # of a model smaller than the published
+            return plain(kv, gate, start, end)
+        kernel = functools.partial(pool_window_tpu, **sizes, **self._options)
+        pool = lambda: differentiable(kernel, plain, kv, gate, start, end)
+        if kv.shape[1] % SUBLANES == 0:
+            return pool()
+        # XLA holds such rings with their slots first, and turns them for the kernel: not in vain.
+        blank = jnp.zeros((kv.shape[0], kv.shape[2] // (1 + overlap)), dtype)
+        return jax.lax.cond((start // ratio < end // ratio).any(), pool, lambda: blank)
 
     def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
         keys = keys if isinstance(keys, Fp4Rows) else wide_keys(keys, q.dtype)

@@ -13,6 +13,7 @@ from dsv4_jax.compressor import Compressor
 from dsv4_jax.config import LayerSpec, ModelConfig, Yarn
 from dsv4_jax.experts import clamped_swiglu
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead
+from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.linear import linear, matmul
 from dsv4_jax.moe import router_scores, routing_weights
 from dsv4_jax.numerics import OfficialNumerics
@@ -180,7 +181,7 @@ def test_compressor_entries(name, ratio):
     kv, gate = want[f"{name}.kv"], want[f"{name}.gate"]
     T, width = kv.shape
     config = small_config(hidden_size=2 * width, qk_rope_head_dim=16, head_dim=32, index_head_dim=32)
-    module = Compressor(config, LayerSpec(ratio, hashed=False), 32, jnp.float32)
+    module = Compressor(config, LayerSpec(ratio, hashed=False), XlaKernels(), 32, jnp.float32)
     select = jnp.eye(2 * width)
     module.kv_proj.set_value(select[:width])
     module.gate_proj.set_value(select[width:])
