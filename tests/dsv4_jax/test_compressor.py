@@ -15,10 +15,14 @@ from dsv4_jax.compressor import Compressor
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import Kernels, TpuKernels, XlaKernels
 from dsv4_jax.presets import PRESETS
-from dsv4_jax.rope import RopeSpec, RopeTable
+from dsv4_jax.rope import RopeSpec, RopeTable, apply_rope
 from pallas_kernels.chips import chip
 
 DIM, MAX = 128, 512
+
+
+def store(entries, norm, rotation, held):
+    return apply_rope(norm(entries), rotation)
 
 
 @pytest.mark.parametrize("drafts", [0, 2, 3])
@@ -37,7 +41,7 @@ def test_entries_pooled_from_written_rings(ratio, drafts):
 
     @jax.jit
     def advance(module, cache, x, step):
-        return module(module.project(x, step), table, cache, step, lambda entries: entries)
+        return module(module.project(x, step), table, cache, step, store)
 
     empty = init_layer_cache(config, spec, B, MAX, CacheFormat(jnp.float32), drafts=drafts).compressor
     caches, length = [empty, empty], np.zeros(B, int)
@@ -76,5 +80,5 @@ def abstract_step(config: ModelConfig, kernels: Kernels, ratio: int, T: int, dra
     table = RopeTable(RopeSpec(10000.0, 16), MAX)
     cache = init_layer_cache(config, spec, 1, MAX, CacheFormat(jnp.float32), drafts=drafts).compressor
     step = Step(jnp.zeros((1, T), jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32))
-    run = lambda x: module(module.project(x, step), table, cache, step, lambda entries: entries)
+    run = lambda x: module(module.project(x, step), table, cache, step, store)
     return jax.eval_shape(run, jnp.zeros((1, T, config.hidden_size)))
