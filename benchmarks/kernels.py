@@ -44,7 +44,7 @@ from pallas_kernels.index_topk.gpu import index_topk_gpu
 from pallas_kernels.kv_rows import empty_rows
 from pallas_kernels.put_rows import put_rows_tpu
 from pallas_kernels.rms_norm import rms_norm_tpu
-from pallas_kernels.round_index import round_index_tpu
+from pallas_kernels.round_index import encode_index_tpu, round_index_tpu
 from pallas_kernels.round_rows import round_rows_tpu
 from pallas_kernels.sparse_mla import FirstN, Window
 from pallas_kernels.sparse_mla import tpu as mla_tpu
@@ -187,6 +187,11 @@ def round_index(target: Chip, rows: int):
     return run, (array(jnp.bfloat16, rows, INDEX_HEADS, INDEX_DIM), table, table)
 
 
+def encode_index(target: Chip, rows: int):
+    table = array(jnp.float32, rows, 1, ROPE_DIM // 2)
+    return lambda *args: encode_index_tpu(*args, chip=target), (array(jnp.bfloat16, rows, 1, INDEX_DIM), table, table)
+
+
 def collapse(target: Chip, rows: int, M: int):
     n, elements = STREAMS, (2 + STREAMS) * STREAMS
     args = array(jnp.bfloat16, rows, 1, n, M), array(jnp.float32, elements, n * M), array(jnp.float32, elements)
@@ -286,6 +291,7 @@ def row_work(name: str, m: Model, rows: int) -> Iterator[Work]:
     yield Work("expand", name, "streams", phase, sizes, rows * (2 * (2 * STREAMS + 1) * m.M + 4 * mix), 0)
     if phase == "decode":
         yield Work("put_rows", name, "entries", phase, {"B": rows, "N": 8192}, 2 * 584 * rows, 0)
+        yield Work("encode_index", name, "keys", phase, {"rows": rows}, (2 * 128 + 68) * rows, 0)
         for shape, (ratio, D) in {"CSA": (4, HEAD_DIM), "index": (4, INDEX_DIM), "HCA": (128, HEAD_DIM)}.items():
             nbytes = 8 * rows * D * ratio * (4 if ratio == 4 else 1)  # kv and gates; two windows of two halves
             yield Work("pool_window", name, shape, phase, {"B": rows, "ratio": ratio, "D": D}, nbytes + 2 * rows * D, 0)
@@ -360,6 +366,7 @@ def occupancy(kernel: dict[str, int], target: Chip) -> dict[str, Any]:
 KERNEL_NAMES = (
     "fp8_matmul", "fp8_output_projection", "expert_matmul", "sparse_mla", "index_topk", "index_picks", "norm_heads",
     "rms_norm", "store_rows", "round_rows", "round_index", "hyper_connection", "put_rows", "pool_window",
+    "encode_index",
 )  # fmt: skip
 
 

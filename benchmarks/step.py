@@ -59,6 +59,7 @@ PARTS = {  # start of a kernel's name -> what it is part of
     "rms_norm": REST,
     "round_rows": REST,
     "round_index": "indexer",
+    "encode_index": "indexer",
 }
 STEP = "benchmarks.step:step"
 RATIOS = {3: [0, 128, 4], 5: [0, 128, 4, 128, 4]}

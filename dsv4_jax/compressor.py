@@ -34,7 +34,7 @@ class Compressor(nnx.Module):
         self.kv_proj = nnx.Param(jnp.zeros((width, config.hidden_size), dtype))
         self.gate_proj = nnx.Param(jnp.zeros((width, config.hidden_size), dtype))
         self.position_bias = nnx.Param(jnp.zeros((spec.ratio, width), jnp.float32))
-        self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.kv_norm = RMSNorm(dim, config.rms_norm_eps, kernels)
 
     def project(self, x: jax.Array, step: Step) -> Projected:
         """x [B, T, M] -> this step's rows, fp32 [B, T, width], never rounded."""

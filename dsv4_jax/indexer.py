@@ -14,6 +14,7 @@ from dsv4_jax.linear import RMSNorm, linear, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation
 from dsv4_jax.sharding import SINGLE, Parallel
+from pallas_kernels.index_rows import Fp4Rows
 from pallas_kernels.sparse_mla import FirstN, Picks
 
 
@@ -68,4 +69,6 @@ class Indexer(nnx.Module):
 
     def _store(self, keys: jax.Array, norm: RMSNorm, rotation: Rotation, held: StoredRows) -> StoredRows:
         """Pooled keys [B, E, D] -> normed, rotated, rounded, in the form in which `held` is."""
+        if isinstance(held, Fp4Rows):
+            return self.numerics.index_rows(norm(keys), rotation)
         return as_stored(self.numerics.rotated_index(norm(keys), rotation), held)

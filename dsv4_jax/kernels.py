@@ -39,7 +39,7 @@ from pallas_kernels.mask_bits import LANES
 from pallas_kernels.put_rows import put_rows, put_rows_tpu
 from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
 from pallas_kernels.rms_norm import rms_norm, rms_norm_tpu
-from pallas_kernels.round_index import rotated_index, round_index_tpu
+from pallas_kernels.round_index import encode_index, encode_index_tpu, rotated_index, round_index_tpu
 from pallas_kernels.round_rows import round_rows, round_rows_tpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
@@ -149,6 +149,10 @@ class RoundingKernels(abc.ABC):
         """See `pallas_kernels.round_rows.reference.round_rows`."""
 
     @abc.abstractmethod
+    def encode_index(self, x: jax.Array, rotation: Rotation) -> Fp4Rows:
+        """Keys [..., D], rotation [..., R / 2]; see `pallas_kernels.round_index.reference.encode_index`."""
+
+    @abc.abstractmethod
     def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
         """x [..., D], rotation [..., R / 2]; see `pallas_kernels.round_index.reference.rotated_index`."""
 
@@ -175,6 +179,9 @@ class XlaKernels(Kernels):
 
     def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
         return rotated_index(x, rotation.cos, rotation.sin)
+
+    def encode_index(self, x: jax.Array, rotation: Rotation) -> Fp4Rows:
+        return encode_index(x, rotation.cos, rotation.sin)
 
     def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
         return rms_norm(x, weight, eps=eps)
@@ -273,6 +280,12 @@ class TpuKernels(XlaKernels):
         if x.shape[-1] != LANES or 2 * rotation.cos.shape[-1] > LANES:  # of a model smaller than the published
             return rotated_index(*args)
         return differentiable(functools.partial(round_index_tpu, **self._options), rotated_index, *args)
+
+    def encode_index(self, x: jax.Array, rotation: Rotation) -> Fp4Rows:
+        args = x, rotation.cos, rotation.sin
+        if x.shape[-1] != LANES or 2 * rotation.cos.shape[-1] > LANES:
+            return encode_index(*args)
+        return encode_index_tpu(*jax.lax.stop_gradient(args), **self._options)  # a code has no gradient
 
     def rms_norm(self, x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
         plain = functools.partial(rms_norm, eps=eps)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.quantized import QuantizedArray, Weight
 from dsv4_jax.rope import Rotation, apply_rope
+from pallas_kernels.index_rows import Fp4Rows, quantize_index_rows
 from pallas_kernels.round_index import round_index
 from pallas_kernels.round_rows import round_rows
 
@@ -32,6 +33,10 @@ class Rounds(Protocol):
 
     def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
         """See `pallas_kernels.round_index.reference.rotated_index`."""
+        ...
+
+    def encode_index(self, x: jax.Array, rotation: Rotation) -> Fp4Rows:
+        """See `pallas_kernels.round_index.reference.encode_index`."""
         ...
 
 
@@ -69,6 +74,10 @@ class Numerics(abc.ABC):
     def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
         """Index queries or keys [..., D], to be rotated by [..., R / 2] first."""
         return self.index(apply_rope(x, rotation))
+
+    def index_rows(self, x: jax.Array, rotation: Rotation) -> Fp4Rows:
+        """Index keys [..., D], to be rotated first, as a cache of 4 bits holds them."""
+        return quantize_index_rows(self.rotated_index(x, rotation))
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,9 @@ class OfficialNumerics(Numerics):
 
     def rotated_index(self, x: jax.Array, rotation: Rotation) -> jax.Array:
         return super().rotated_index(x, rotation) if self.kernels is None else self.kernels.rotated_index(x, rotation)
+
+    def index_rows(self, x: jax.Array, rotation: Rotation) -> Fp4Rows:
+        return super().index_rows(x, rotation) if self.kernels is None else self.kernels.encode_index(x, rotation)
 
 
 NUMERICS: dict[str, Numerics] = {"exact": ExactNumerics(), "official": OfficialNumerics()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.formats import decode_e8m0, fp4_scale, hadamard, in_groups, round_e2m1
 from pallas_kernels.fp8_matmul.reference import turn
-from pallas_kernels.index_rows import GROUP
+from pallas_kernels.index_rows import GROUP, Fp4Rows, quantize_index_rows
 
 
 def round_fp4(x: jax.Array) -> jax.Array:
@@ -33,3 +33,8 @@ def rotated_index(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     cos, sin: float32 [..., R / 2], broadcast; they turn the trailing R channels, in pairs. Source: architecture 3.4.
     """
     return round_index(turn(x, cos, sin))
+
+
+def encode_index(x: jax.Array, cos: jax.Array, sin: jax.Array) -> Fp4Rows:
+    """`rotated_index` of keys [..., D] as a cache of 4 bits holds them, with nothing more lost."""
+    return quantize_index_rows(rotated_index(x, cos, sin))

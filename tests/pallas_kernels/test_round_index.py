@@ -13,7 +13,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import aot
 from pallas_kernels.chips import TPUS, chip
-from pallas_kernels.round_index import rotated_index, round_index_tpu
+from pallas_kernels.formats import fp4_scale, hadamard, unpack_fp4
+from pallas_kernels.fp8_matmul.reference import turn
+from pallas_kernels.index_rows import dequantize_index_rows
+from pallas_kernels.round_index import encode_index, encode_index_tpu, rotated_index, round_index_tpu
 
 V6E = chip("v6e")
 STRICT = pltpu.InterpretParams()
@@ -60,6 +63,28 @@ def test_zeros_stay_and_a_constant_is_one_channel():
     assert abs(got[1, 0] / (3 * 128**0.5) - 1) < 0.2  # to one bit of mantissa
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(1, 128), (8, 1, 128), (100, 128)])
+def test_encoded_equals_the_reference(shape, dtype):
+    """Whole numbers byte for byte; every code is among them, and scales halved, for what was rounded down to 3 of 6."""
+    rng = np.random.default_rng(len(shape))
+    whole = rng.integers(-8, 9, shape) * 2.0 ** rng.integers(-9, 9, (*shape[:-1], 1))
+    whole[0, ..., :] = 0
+    table = turns(shape[:-1], 64, rng)
+    for x, tipped in ((whole, 0.0), (rng.standard_normal(shape), 4e-3)):
+        x = jnp.asarray(x, dtype)
+        got, want = encode_index_tpu(x, *table, chip=V6E, interpret=STRICT), encode_index(x, *table)
+        assert got.dim == want.dim and got.data.dtype == jnp.uint8 and got.data.shape == want.data.shape
+        assert (got.data != want.data).mean() <= tipped
+        wide = [np.asarray(dequantize_index_rows(a, jnp.float32)) for a in (got, want)]
+        np.testing.assert_allclose(*wide, atol=0.5 * np.abs(wide[1]).max())
+        if len(shape) == 2 and shape[0] > 1:
+            codes, groups = np.unique(unpack_fp4(got.data[:, :64])), np.asarray(hadamard(turn(x, *table)), np.float32)
+            byte = fp4_scale(np.abs(groups.reshape(-1, 4, 32)).max(-1))
+            assert len(codes) == 16 and (got.data[:, 64:] < byte).any()
+
+
 def test_reference_turns_before_it_transforms():
     """A quarter turn moves channel 2 to channel 3, whose column of Hadamard's matrix the transform gives."""
     x = jnp.zeros((4,)).at[2].set(6.0)
@@ -80,6 +105,12 @@ def test_what_does_not_fit_is_refused(x, table, target, words):
         round_index_tpu(jnp.ones(x), jnp.ones(table), jnp.ones(table), chip=chip(target))
 
 
+def make_encode_case(target, rows: int):
+    table = jax.ShapeDtypeStruct((rows, 1, 32), jnp.float32)
+    run = lambda *args: encode_index_tpu(*args, chip=target)
+    return run, (jax.ShapeDtypeStruct((rows, 1, 128), jnp.bfloat16), table, table)
+
+
 def make_case(target, tokens: int, heads: int):
     table = jax.ShapeDtypeStruct((tokens, 1, 32), jnp.float32)
     run = lambda *args: round_index_tpu(*args, chip=target)
@@ -91,6 +122,8 @@ def make_case(target, tokens: int, heads: int):
 @pytest.mark.parametrize("name", TPUS)
 def test_compiles_ahead_of_time(name):
     cases = [{"tokens": n, "heads": h} for n, h in ((1, 1), (1, 64), (8, 64), (40, 64), (2048, 64), (8, 1), (512, 1))]
-    for report in aot.run_cases([aot.Case(f"{__file__}:make_case", case) for case in cases], name):
+    cases = [aot.Case(f"{__file__}:make_case", case) for case in cases]
+    cases += [aot.Case(f"{__file__}:make_encode_case", {"rows": rows}) for rows in (1, 8, 13, 64, 512)]
+    for report in aot.run_cases(cases, name):
         assert "error" not in report, report
         assert report["custom_calls"].get("tpu_custom_call") == 1, report
