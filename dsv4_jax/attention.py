@@ -53,7 +53,7 @@ class Attention(nnx.Module, abc.ABC):
         self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, kernels)
         self.q_b_proj = linear(heads * dim, config.q_lora_rank)
         self.kv_proj = linear(dim, config.hidden_size)
-        self.kv_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.kv_norm = RMSNorm(dim, config.rms_norm_eps, kernels)
         self.sinks = nnx.Param(jnp.zeros((heads,), jnp.float32))
         self.o_a_proj = linear(config.o_groups * config.o_lora_rank, heads // config.o_groups * dim)
         self.o_b_proj = linear(config.hidden_size, config.o_groups * config.o_lora_rank)

@@ -98,6 +98,6 @@ def test_the_step_calls_the_kernel_in_every_kind_of_layer(name, T):
     assert calls["expert_matmul"] == 2 * 3 and calls["fp8_matmul"] == 3 * (3 + 2) + 1  # q_a with kv; the indexer's
     assert calls["norm_heads"] == 3 and calls["round_rows"] == 3 * (4 + 3) + 1  # in front of all of those but o_a
     assert calls["round_index"] == 2  # queries and keys
-    assert calls["rms_norm"] == 3 + 3  # of the queries' latent, and of entries
+    assert calls["rms_norm"] == 3 + 3 + 3  # of the queries' latent, KV rows and entries
     assert calls["pool_window"] == (3 if T == 1 else 0)  # HCA, CSA and its indexer
     assert calls["hyper_connection_collapse"] == calls["hyper_connection_expand"] == 2 * 3
