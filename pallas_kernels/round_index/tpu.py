@@ -1,4 +1,4 @@
-"""Index queries and keys rotated and rounded on TPU: the matrix unit transforms and turns them, so that channels are rows.
+"""Index queries and keys rotated and rounded on TPU: the matrix unit transforms and turns them: channels become rows.
 
 The 32 channels of a scale are then whole registers, whose maximum costs little. XLA makes two passes over all queries
 for each of the transform's seven widths, with heads cut into pieces narrower than a register.
