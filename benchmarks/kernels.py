@@ -28,11 +28,13 @@ from rich.table import Table
 
 from benchmarks import peer_tpu
 from benchmarks.copies import leave_out_copies
+from dsv4_jax.experts import block_rows
 from pallas_kernels.aot import Case, roofline_seconds, run_cases
 from pallas_kernels.chips import TPUS, Chip, chip
 from pallas_kernels.compressor_pool import pool_window_tpu
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
+from pallas_kernels.expert_rows import add_rows_tpu, expert_hidden_tpu
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, fp8_matmuls_tpu, grouped_output_projection_tpu
 from pallas_kernels.head_norm import norm_heads_tpu
@@ -46,6 +48,7 @@ from pallas_kernels.put_rows import put_rows_tpu
 from pallas_kernels.rms_norm import rms_norm_tpu
 from pallas_kernels.round_index import encode_index_tpu, round_index_tpu
 from pallas_kernels.round_rows import round_rows_tpu
+from pallas_kernels.routing import arrange_pairs_tpu, route_tpu
 from pallas_kernels.sparse_mla import FirstN, Window
 from pallas_kernels.sparse_mla import tpu as mla_tpu
 from pallas_kernels.sparse_mla import tuning as mla_tuning
@@ -192,6 +195,26 @@ def encode_index(target: Chip, rows: int):
     return lambda *args: encode_index_tpu(*args, chip=target), (array(jnp.bfloat16, rows, 1, INDEX_DIM), table, table)
 
 
+def route(target: Chip, rows: int, E: int, A: int):
+    run = lambda *args: route_tpu(*args, top_k=A, factor=1.5, chip=target)
+    return run, (array(jnp.float32, rows, E), array(jnp.float32, E))
+
+
+def arrange_pairs(target: Chip, rows: int, E: int, A: int):
+    run = lambda *args: arrange_pairs_tpu(*args, experts=E, rows=block_rows(rows * A, E), chip=target)
+    return run, (array(jnp.int32, rows, A), array(jnp.float32, rows, A))
+
+
+def expert_hidden(target: Chip, rows: int, F: int):
+    run = lambda *args: expert_hidden_tpu(*args, limit=10.0, rounded=True, chip=target)
+    return run, (array(jnp.bfloat16, rows, 2 * F), array(jnp.float32, rows, 1))
+
+
+def add_rows(target: Chip, rows: int, A: int, M: int):
+    args = array(jnp.bfloat16, rows * A, M), array(jnp.int32, rows, A)
+    return lambda *args: add_rows_tpu(*args, chip=target), args
+
+
 def collapse(target: Chip, rows: int, M: int):
     n, elements = STREAMS, (2 + STREAMS) * STREAMS
     args = array(jnp.bfloat16, rows, 1, n, M), array(jnp.float32, elements, n * M), array(jnp.float32, elements)
@@ -289,7 +312,14 @@ def row_work(name: str, m: Model, rows: int) -> Iterator[Work]:
     nbytes = 2 * rows * (STREAMS + 1) * m.M + 4 * mix * (STREAMS * m.M + rows)
     yield Work("collapse", name, "streams", phase, sizes, nbytes, 2 * rows * mix * STREAMS * m.M)
     yield Work("expand", name, "streams", phase, sizes, rows * (2 * (2 * STREAMS + 1) * m.M + 4 * mix), 0)
+    yield Work("route", name, "scores", phase, {"rows": rows, "E": m.E, "A": m.A}, rows * (4 * m.E + 8 * m.A), 0)
+    hidden = {"rows": rows * m.A, "F": m.F}
+    yield Work("expert_hidden", name, "pairs", phase, hidden, rows * m.A * (6 * m.F + 4), 0)
     if phase == "decode":
+        pairs = {"rows": rows, "E": m.E, "A": m.A}
+        yield Work("arrange_pairs", name, "pairs", phase, pairs, 4 * rows * m.A * 5, 0)
+        sums = {"rows": rows, "A": m.A, "M": m.M}
+        yield Work("add_rows", name, "pairs", phase, sums, rows * m.M * (2 * m.A + 4), 0)
         yield Work("put_rows", name, "entries", phase, {"B": rows, "N": 8192}, 2 * 584 * rows, 0)
         yield Work("encode_index", name, "keys", phase, {"rows": rows}, (2 * 128 + 68) * rows, 0)
         for shape, (ratio, D) in {"CSA": (4, HEAD_DIM), "index": (4, INDEX_DIM), "HCA": (128, HEAD_DIM)}.items():
@@ -366,7 +396,7 @@ def occupancy(kernel: dict[str, int], target: Chip) -> dict[str, Any]:
 KERNEL_NAMES = (
     "fp8_matmul", "fp8_output_projection", "expert_matmul", "sparse_mla", "index_topk", "index_picks", "norm_heads",
     "rms_norm", "store_rows", "round_rows", "round_index", "hyper_connection", "put_rows", "pool_window",
-    "encode_index",
+    "encode_index", "route", "arrange_pairs", "expert_hidden", "add_rows",
 )  # fmt: skip
 
 

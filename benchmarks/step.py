@@ -25,7 +25,6 @@ from rich.table import Table
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
-from dsv4_jax.experts import expert_mlp_in_blocks
 from dsv4_jax.kernels import TpuKernels
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.plan import parse_topology
@@ -48,7 +47,10 @@ REST = "the rest, mostly by XLA"
 PARTS = {  # start of a kernel's name -> what it is part of
     "fp8_matmul": "FP8 projections",
     "fp8_output": "output projection",
-    "expert_matmul": "experts",
+    "expert": "experts",  # their products, and what lies between those
+    "route": "experts",
+    "arrange_pairs": "experts",
+    "add_rows": "experts",
     "sparse_mla": "sparse MLA",
     "put_rows": "sparse MLA",  # what they write is read there
     "pool_window": REST,
@@ -89,12 +91,9 @@ class CountedKernels(TpuKernels):
         config = dataclasses.replace(config, data_dependent=False)
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, config=config, **self._options)
 
-    def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
-        def product(rows, expert, used, w):
-            used = min(self.used, len(expert))
-            return expert_matmul_tpu(rows, expert, used, w.data, w.scale, packed=w.packed, **self._options)
-
-        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product, routed)
+    def expert_product(self, x, row, expert, used, w):
+        used = min(self.used, len(expert))
+        return expert_matmul_tpu(x, expert, used, w.data, w.scale, row=row, packed=w.packed, **self._options)
 
 
 def config_of(model: str, layers: int, experts: int) -> ModelConfig:
@@ -137,7 +136,7 @@ def part_bytes(target: Chip, arguments: dict[str, Any], share: float) -> Counter
 
 def part_of_weight(path: str) -> str:
     if ".experts." in path:
-        return PARTS["expert_matmul"]
+        return PARTS["expert"]
     if "o_a_proj" in path:
         return PARTS["fp8_output"]
     if "_hc." in path:

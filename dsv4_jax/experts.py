@@ -6,8 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,53 @@ import jax.numpy as jnp
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Stack, Turned, Weight, dequantize
+from pallas_kernels.expert_matmul.reference import pick_rows
+from pallas_kernels.expert_rows import expert_hidden
+from pallas_kernels.routing import (
+    MOST_COMPARED,
+    Blocks,
+    ExpertRows,
+    arrange_pairs,
+    count_blocks,
+)
 
-Product = Callable[[jax.Array, jax.Array, jax.Array, Weight], jax.Array]
 FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
 IN_PLACE = 4  # pairs up to which each product has a branch for every expert; compiling those takes its time
-MOST_COMPARED = 512  # pairs that are compared with each other
 MOST_SORTED = 32768  # pairs up to which a kernel's are sorted, beyond they are counted in chunks of as many:
 COUNTED = 128
 SLAB_ROWS = 4096  # up to which a slab holds all blocks
 MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add padding
 
 
-def clamped_swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
-    """silu(min(gate, limit)) * clip(up, -limit, limit); the gate has no lower clamp."""
-    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)
+class BlockKernels(Protocol):
+    """What `expert_mlp_in_blocks` asks of a platform."""
+
+    def expert_product(
+        self, x: jax.Array, row: jax.Array | None, expert: jax.Array, used: jax.Array, w: Weight
+    ) -> jax.Array:
+        """K blocks of R rows of x [n, in], all or those that `row` [K R] names, each times w [E, out, in] of its expert
+        [K] -> [K R, out] in x.dtype; blocks past the `used` ones may hold anything, for no token reads them."""
+        ...
+
+    def arrange_pairs(self, index, weights, *, experts: int, rows: int, multiple: int) -> ExpertRows:
+        """See `pallas_kernels.routing.reference.arrange_pairs`; at most MOST_COMPARED pairs."""
+        ...
+
+    def expert_hidden(
+        self, both: jax.Array, weights: jax.Array | None, limit: float, numerics: Numerics, down: Weight
+    ) -> jax.Array:
+        """See `hidden`."""
+        ...
+
+    def add_rows(self, products: jax.Array, place: jax.Array) -> jax.Array:
+        """See `pallas_kernels.expert_rows.reference.add_rows`; at most MOST_COMPARED places."""
+        ...
+
+
+def hidden(both: jax.Array, weights: jax.Array | None, limit: float, numerics: Numerics, down: Weight) -> jax.Array:
+    """What an expert's down projection reads: gate and up [..., 2 F] joined in fp32, weighted by [..., 1], rounded once
+    and by `numerics`."""
+    return numerics.activations(expert_hidden(both, weights, limit=limit, rounded=False), down)
 
 
 def mlp(
@@ -38,15 +70,15 @@ def mlp(
     limit: float,
     numerics: Numerics,
     project: Callable[[jax.Array, Weight], jax.Array] = linear,
+    join: Callable = hidden,
     weights: jax.Array | None = None,
 ) -> jax.Array:
     """One expert: x [..., M], rounded already, gate_up [2, F, M], down [M, F] -> [..., M] in x.dtype.
 
-    project: multiplies with a weight, as `linear` does.
+    project: multiplies with a weight, as `linear` does; join: `hidden`, as a platform does it.
     weights: [..., 1], the routing weight; goes in before the down projection and its rounding, as in the reference.
     """
-    gate, up = jnp.split(project(x, joined(gate_up)), 2, axis=-1)
-    return project(hidden(gate, up, limit, numerics, down, weights), down)
+    return project(join(project(x, joined(gate_up)), weights, limit, numerics, down), down)
 
 
 def joined(gate_up: Weight) -> Weight:
@@ -58,27 +90,6 @@ def joined(gate_up: Weight) -> Weight:
     wide: Any = dequantize(gate_up, jnp.float32) if isinstance(gate_up, QuantizedArray) else gate_up
     flat: Any = wide.as_matrix() if isinstance(wide, Turned) else wide.reshape(*lead, 2 * rows, columns)
     return flat
-
-
-def hidden(gate, up, limit: float, numerics: Numerics, down: Weight, weights: jax.Array | None = None) -> jax.Array:
-    """What an expert's down projection reads: gate and up joined in fp32, weighted, rounded once and by `numerics`."""
-    wide = clamped_swiglu(gate.astype(jnp.float32), up.astype(jnp.float32), limit)
-    return numerics.activations((wide if weights is None else wide * weights).astype(gate.dtype), down)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Blocks:
-    """Pairs (token, choice) sorted by expert and cut into blocks of R rows, none of which spans two experts.
-
-    expert [K]: expert of each block; pair [K, R]: which pair sits in each row (P = none);
-    used: how many blocks have rows; slot [P]: the row, counted over all blocks, where each pair went.
-    """
-
-    expert: jax.Array
-    pair: jax.Array
-    used: jax.Array
-    slot: jax.Array
 
 
 Sorted = tuple[jax.Array, jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]
@@ -123,7 +134,7 @@ def make_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1, ar
 
     Ids past the experts are in none. More blocks than `multiple` are filled up to a multiple of it.
     """
-    P, block = index.shape[0], block_numbers(index.shape[0], experts, rows, multiple)
+    P, block = index.shape[0], jnp.arange(count_blocks(index.shape[0], experts, rows, multiple))
     counts, rank_of_pair, find = arrange(index, experts)
     last_block = jnp.cumsum(-(-counts // rows))
     first_block = last_block + counts // -rows
@@ -132,25 +143,6 @@ def make_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1, ar
     pair = jnp.where(rank < counts[expert][:, None], find(expert, rank), P)
     slot = first_block[index] * rows + rank_of_pair
     return Blocks(expert, pair, last_block[-1], slot)
-
-
-def compare_blocks(index: jax.Array, experts: int, rows: int, multiple: int = 1) -> Blocks:
-    """`make_blocks` for few pairs: each sum compares all with all, and is one small program of a TPU; sorts, gathers
-    and running sums would be thirty."""
-    P, block = index.shape[0], block_numbers(index.shape[0], experts, rows, multiple)
-    pairs, every = jnp.arange(P), jnp.arange(experts)
-    rank = ((index[:, None] == index) & (pairs < pairs[:, None])).sum(1)
-    blocks_of = -(-(index == every[:, None]).sum(1) // rows)
-    last_block = jnp.where(every <= every[:, None], blocks_of, 0).sum(1)
-    slot = jnp.where(every < index[:, None], blocks_of, 0).sum(1) * rows + rank
-    expert = jnp.minimum((last_block <= block[:, None]).sum(1), experts - 1)
-    here = jnp.where(index < experts, slot, -1) == (block[:, None] * rows + jnp.arange(rows))[..., None]
-    return Blocks(expert, jnp.where(here, pairs, P).min(-1), last_block[-1], slot)
-
-
-def block_numbers(pairs: int, experts: int, rows: int, multiple: int) -> jax.Array:
-    most = min(pairs, pairs // rows + min(pairs, experts))
-    return jnp.arange(most if most <= multiple else -(-most // multiple) * multiple)
 
 
 def block_rows(pairs: int, experts: int) -> int:
@@ -179,8 +171,7 @@ def few_pairs(x, index, weights, gate_up: Weight, down: Weight, limit: float, nu
     read = functools.partial(of_expert, in_place=pairs <= IN_PLACE)
     both = lambda x, w: linear(x, joined(w))
     first = [read(x[p // choices][None], gate_up, index[p], both) for p in range(pairs)]
-    gate, up = jnp.split(jnp.concatenate(first), 2, axis=-1)
-    rows = hidden(gate, up, limit, numerics, down, weights[:, None])
+    rows = hidden(jnp.concatenate(first), weights[:, None], limit, numerics, down)
     return jnp.concatenate([read(rows[p][None], down, index[p], linear) for p in range(pairs)])
 
 
@@ -230,24 +221,15 @@ def add_up(products: jax.Array, index: jax.Array, experts: int, routed: int | No
     return (jnp.where((index < experts)[..., None], picked, 0) if routed else picked).sum(1)
 
 
-def multiply_blocks(rows: jax.Array, expert: jax.Array, used: jax.Array, w: Weight) -> jax.Array:
-    """The grouped product that a kernel makes, plainly: rows [K * R, in] of K blocks, each times its expert's weight.
+def multiply_blocks(x, row: jax.Array | None, expert: jax.Array, used: jax.Array, w: Weight) -> jax.Array:
+    """The grouped product that a kernel makes, plainly; see `BlockKernels`.
 
     Blocks past the `used` ones are zeros. One block's weight is expanded at a time, and again for a gradient.
     """
+    rows = pick_rows(x, row)
     product = jax.checkpoint(lambda block, e: linear(block, dequantize(w[e], rows.dtype)))
     out = jax.lax.map(lambda args: product(*args), (rows.reshape(len(expert), -1, rows.shape[-1]), expert))
     return jnp.where((jnp.arange(len(expert)) < used)[:, None, None], out, 0).reshape(len(rows), -1)
-
-
-def by_expert(index: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A token's choices [n, A] in the order of their experts, and their weights; equal ids keep theirs."""
-    before = jnp.tril(jnp.ones((index.shape[1],) * 2, bool), -1)
-    mine, other = index[:, :, None], index[:, None, :]
-    rank = ((other < mine) | ((other == mine) & before)).sum(2)
-    goes = rank[:, None, :] == jnp.arange(index.shape[1])[:, None]  # [n, place, choice]
-    place = lambda a: jnp.where(goes, a[:, None, :], 0).sum(2)
-    return place(index), place(weights)
 
 
 def slab_blocks(tokens: int, choices: int, held: int, routed: int, rows: int) -> int:
@@ -265,47 +247,47 @@ def expert_mlp_in_blocks(
     down: Weight,
     limit: float,
     numerics: Numerics,
-    product: Product,
+    kernels: BlockKernels,
     routed: int | None = None,
 ):
     """`expert_mlp` for a platform whose kernel takes many blocks at once: two grouped products instead of a loop.
 
     Where only some experts are held, most pairs may be others': blocks are then taken slab by slab, as many slabs as
     have rows, so that memory and time follow the pairs there are. Sums are in the order of experts either way.
-
-    product: (rows [K * R, in], expert [K], blocks used, weight [E, out, in]) -> [K * R, out] in the rows' dtype; blocks
-      past the used ones may hold anything, for no token reads them.
     """
     (n, A), experts = index.shape, down.shape[0]
     P, rows = n * A, block_rows(n * A, routed or experts)
-    index, weights = by_expert(index, weights)
     slab = slab_blocks(n, A, experts, routed or experts, rows)
-    if P <= MOST_COMPARED:
-        blocks = compare_blocks(index.reshape(P), experts, rows, slab)
-    else:
-        blocks = make_blocks(index.reshape(P), experts, rows, slab, by_sorting if P <= MOST_SORTED else by_counting)
-    slab, slabs = min(slab, len(blocks.expert)), -(-len(blocks.expert) // slab)
-    slot = jnp.where(index < experts, blocks.slot.reshape(n, A), -1)
+    arrange = kernels.arrange_pairs
+    if P > MOST_COMPARED:
+        sort = by_sorting if P <= MOST_SORTED else by_counting
+        arrange = functools.partial(arrange_pairs, make=functools.partial(make_blocks, arrange=sort))
+    pairs = arrange(index, weights, experts=experts, rows=rows, multiple=slab)
 
-    def add(total: jax.Array, first: jax.Array | int) -> jax.Array:
-        expert, pair = (jax.lax.dynamic_slice_in_dim(a, first, slab) for a in (blocks.expert, blocks.pair))
-        used, pair = jnp.clip(blocks.used - first, 0, slab), pair.reshape(-1)
-        chosen, real = jnp.minimum(pair, P - 1), (pair < P)[:, None]
-        both = product(x[chosen // A], expert, used, joined(gate_up))
-        gate, up = jnp.split(jnp.where(real, both, 0), 2, axis=-1)
-        share = weights.reshape(P)[chosen][:, None]
-        out = product(hidden(gate, up, limit, numerics, down, share), expert, used, down)
-        place = slot - first * rows
-        here = (place >= 0) & (place < len(out))
-        gather = lambda at: out.at[at].get(mode="clip")
-        picked = gather(place) if P <= MOST_COMPARED else None  # few are fetched at once, many a choice at a time
-        for a in range(A):
-            terms = gather(place[:, a]) if picked is None else picked[:, a]
-            total += jnp.where(here[:, a, None], terms, 0)
-        return total
+    def run(expert: jax.Array, used: jax.Array, token: jax.Array, weight: jax.Array) -> jax.Array:
+        both = kernels.expert_product(x, token, expert, used, joined(gate_up))
+        inner = kernels.expert_hidden(both, weight, limit, numerics, down)
+        return kernels.expert_product(inner, None, expert, used, down)
 
-    total = jnp.zeros(x.shape, jnp.float32)
+    slab, slabs = min(slab, len(pairs.expert)), -(-len(pairs.expert) // slab)
     if slabs == 1:
-        return add(total, 0)
-    step = lambda total, first: (jax.lax.cond(first < blocks.used, add, lambda total, _: total, total, first), None)
-    return jax.lax.scan(step, total, slab * jnp.arange(slabs))[0]
+        out = run(pairs.expert, pairs.used, pairs.token, pairs.weight)
+        return kernels.add_rows(out, pairs.place) if P <= MOST_COMPARED else add_each(0, out, pairs.place)
+
+    def add(total: jax.Array, first: jax.Array) -> jax.Array:
+        take = lambda a, count: jax.lax.dynamic_slice_in_dim(a, first * count, slab * count)
+        used = jnp.clip(pairs.used - first, 0, slab)
+        out = run(take(pairs.expert, 1), used, take(pairs.token, rows), take(pairs.weight, rows))
+        place = pairs.place - first * rows
+        return add_each(total, out, jnp.where(place < len(out), place, -1))
+
+    step = lambda total, first: (jax.lax.cond(first < pairs.used, add, lambda total, _: total, total, first), None)
+    return jax.lax.scan(step, jnp.zeros(x.shape, jnp.float32), slab * jnp.arange(slabs))[0]
+
+
+def add_each(total: jax.Array | int, products: jax.Array, place: jax.Array) -> jax.Array:
+    """`add_rows` of many, which are fetched a choice at a time, to what there is."""
+    for a in range(place.shape[1]):
+        terms = products.at[place[:, a]].get(mode="clip").astype(jnp.float32)
+        total += jnp.where(place[:, a, None] >= 0, terms, 0)
+    return jnp.asarray(total)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, multiply_blocks
+from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
 from dsv4_jax.gradients import differentiable
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
@@ -24,6 +24,7 @@ from dsv4_jax.streams import collapse, expand
 from pallas_kernels.chips import Chip, chip, chip_of, require
 from pallas_kernels.compressor_pool import pool_window, pool_window_tpu
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
+from pallas_kernels.expert_rows import add_rows, add_rows_tpu, expert_hidden, expert_hidden_tpu
 from pallas_kernels.fp8_matmul.reference import BLOCK as FP8_BLOCK
 from pallas_kernels.fp8_matmul.tpu import fp8_matmul_tpu, fp8_matmuls_tpu, grouped_output_projection_tpu
 from pallas_kernels.head_norm import norm_heads, norm_heads_tpu
@@ -41,6 +42,7 @@ from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
 from pallas_kernels.rms_norm import rms_norm, rms_norm_tpu
 from pallas_kernels.round_index import encode_index, encode_index_tpu, rotated_index, round_index_tpu
 from pallas_kernels.round_rows import round_rows, round_rows_tpu
+from pallas_kernels.routing import ExpertRows, arrange_pairs, arrange_pairs_tpu, route, route_tpu
 from pallas_kernels.sparse_mla import Picks, Window, sparse_mla_xla
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
 from pallas_kernels.store_rows import store_rows, store_rows_tpu
@@ -120,7 +122,17 @@ class AttentionKernels(NormKernels):
 
 
 class ExpertKernels(abc.ABC):
-    """What a platform must supply for the routed experts."""
+    """What a platform must supply for routing and for the experts."""
+
+    @abc.abstractmethod
+    def route(self, scores, bias, *, top_k: int, factor: float) -> tuple[jax.Array, jax.Array]:
+        """See `pallas_kernels.routing.reference.route`."""
+
+    @abc.abstractmethod
+    def expert_hidden(
+        self, both: jax.Array, weights: jax.Array | None, limit: float, numerics: Numerics, down: Weight
+    ) -> jax.Array:
+        """See `experts.hidden`."""
 
     @abc.abstractmethod
     def expert_mlp(
@@ -218,6 +230,22 @@ class XlaKernels(Kernels):
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
+
+    def route(self, scores, bias, *, top_k: int, factor: float) -> tuple[jax.Array, jax.Array]:
+        return route(scores, bias, top_k=top_k, factor=factor)
+
+    def expert_product(self, x, row, expert, used, w: Weight) -> jax.Array:
+        """This and the next three are what `experts.expert_mlp_in_blocks` asks for."""
+        return multiply_blocks(x, row, expert, used, w)
+
+    def arrange_pairs(self, index, weights, *, experts: int, rows: int, multiple: int) -> ExpertRows:
+        return arrange_pairs(index, weights, experts=experts, rows=rows, multiple=multiple)
+
+    def expert_hidden(self, both, weights, limit: float, numerics: Numerics, down: Weight) -> jax.Array:
+        return hidden(both, weights, limit, numerics, down)
+
+    def add_rows(self, products: jax.Array, place: jax.Array) -> jax.Array:
+        return add_rows(products, place)
 
 
 def grouped_output(o: jax.Array, rotation: Rotation, o_a: Weight, groups: int) -> jax.Array:
@@ -357,13 +385,35 @@ class TpuKernels(XlaKernels):
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not (is_packed(gate_up) and is_packed(down)):
             return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
+        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self, routed)
 
-        def kernel(rows, expert, used, w):
-            return expert_matmul_tpu(rows, expert, used, w.data, w.scale, packed=w.packed, **self._options)
+    def expert_product(self, x, row, expert, used, w: Weight) -> jax.Array:
+        def kernel(x, row, expert, used, w):
+            return expert_matmul_tpu(x, expert, used, w.data, w.scale, row=row, packed=w.packed, **self._options)
 
-        product = functools.partial(differentiable, kernel, multiply_blocks)
+        return differentiable(kernel, multiply_blocks, x, row, expert, used, w)
 
-        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, product, routed)
+    def route(self, scores, bias, *, top_k: int, factor: float) -> tuple[jax.Array, jax.Array]:
+        kernel = functools.partial(route_tpu, top_k=top_k, factor=factor, **self._options)
+        return differentiable(kernel, functools.partial(route, top_k=top_k, factor=factor), scores, bias)
+
+    def arrange_pairs(self, index, weights, *, experts: int, rows: int, multiple: int) -> ExpertRows:
+        sizes: dict[str, Any] = {"experts": experts, "rows": rows, "multiple": multiple}
+        kernel = functools.partial(arrange_pairs_tpu, **sizes, **self._options)
+        return differentiable(kernel, functools.partial(arrange_pairs, **sizes), index, weights)
+
+    def expert_hidden(self, both, weights, limit: float, numerics: Numerics, down: Weight) -> jax.Array:
+        if both.shape[-1] % (2 * LANES):  # of a model smaller than the published
+            return hidden(both, weights, limit, numerics, down)
+        sizes: dict[str, Any] = {"limit": limit, "rounded": numerics.rounds(down)}
+        kernel = functools.partial(expert_hidden_tpu, **sizes, **self._options)
+        out = differentiable(kernel, functools.partial(expert_hidden, **sizes), both, weights)
+        return out if numerics.rounds(down) else numerics.activations(out, down)
+
+    def add_rows(self, products: jax.Array, place: jax.Array) -> jax.Array:
+        if products.shape[1] % LANES:  # of a model smaller than the published
+            return add_rows(products, place)
+        return differentiable(functools.partial(add_rows_tpu, **self._options), add_rows, products, place)
 
 
 def wide_keys(keys: IndexKeys, dtype: jax.typing.DTypeLike) -> jax.Array:

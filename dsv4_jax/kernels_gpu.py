@@ -19,6 +19,7 @@ from dsv4_jax.quantized import QuantizedArray, Weight
 from dsv4_jax.rope import Rotation
 from pallas_kernels.chips import MOSAIC_GPUS, Chip, require
 from pallas_kernels.expert_matmul.gpu import expert_matmul_gpu
+from pallas_kernels.expert_matmul.reference import pick_rows
 from pallas_kernels.fp8_matmul.gpu import fp8_matmul_gpu, grouped_output_projection_gpu
 from pallas_kernels.index_rows import Fp4Rows
 from pallas_kernels.index_topk.gpu import index_topk_gpu
@@ -91,19 +92,19 @@ class GpuKernels(XlaKernels):
             return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
         # XLA 0.10's Triton emitter cannot join the sum over a token's weights with the concatenation that follows.
         weights = jax.lax.optimization_barrier(weights)
-        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self._expert_product, routed)
+        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self, routed)
 
-    def _expert_product(self, rows, expert, used, w: Weight) -> jax.Array:
+    def expert_product(self, x, row, expert, used, w: Weight) -> jax.Array:
         if not isinstance(w, QuantizedArray):  # `joined` expanded what its blocks span
             raise ValueError(
                 f"kernels='gpu': gate and up of {w.shape[1] // 2} rows do not end with a block of their scales; "
                 "choose kernels='xla'"
             )
-        kernel = lambda rows, expert, used, w: expert_matmul_gpu(
-            rows, expert, used, w.data, w.scale, packed=w.packed, **self._options
+        kernel = lambda x, row, expert, used, w: expert_matmul_gpu(
+            x, expert, used, w.data, w.scale, packed=w.packed, **self._options
         )
         with or_xla():
-            return differentiable(kernel, multiply_blocks, rows, expert, used, w)
+            return differentiable(kernel, multiply_blocks, pick_rows(x, row), None, expert, used, w)
 
 
 @contextlib.contextmanager

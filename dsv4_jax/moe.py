@@ -10,11 +10,14 @@ from dsv4_jax.cache import Step
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.dispatch import run_experts
 from dsv4_jax.experts import mlp
-from dsv4_jax.kernels import Kernels
+from dsv4_jax.kernels import Kernels, XlaKernels
 from dsv4_jax.linear import Buffer, matmul, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 from dsv4_jax.sharding import SINGLE, Parallel
+from pallas_kernels.routing import routing_weights
+
+PLAIN = XlaKernels()
 
 
 def router_scores(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -23,16 +26,11 @@ def router_scores(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.sqrt(jax.nn.softplus(logits))
 
 
-def routing_weights(scores: jax.Array, index: jax.Array, factor: float) -> jax.Array:
-    """Un-biased scores of the chosen experts, normalised to sum to `factor`."""
-    chosen = jnp.take_along_axis(scores, index, axis=-1)
-    return chosen / chosen.sum(-1, keepdims=True) * factor
-
-
 class Router(nnx.Module):
     """Hash layers look their experts up by token id; the others take the top k of biased scores."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, dtype):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, dtype, kernels: Kernels = PLAIN):
+        self.kernels = kernels
         self.top_k, self.factor, self.hashed = config.num_experts_per_tok, config.routed_scaling_factor, spec.hashed
         self.weight = nnx.Param(jnp.zeros((config.n_routed_experts, config.hidden_size), dtype))
         if spec.hashed:
@@ -43,11 +41,10 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [n, M], tokens int32 [n] -> expert ids int32 [n, A] and their fp32 weights [n, A]."""
         scores = router_scores(x, self.weight[...])
-        if self.hashed:
-            # Column by column: a TPU lays rows this short out by columns, and would copy the table to gather rows.
-            index = jnp.stack([column[tokens] for column in self.tid2eid[...].T], axis=-1)
-        else:
-            index = jax.lax.top_k(scores + self.e_score_correction_bias[...], self.top_k)[1]
+        if not self.hashed:
+            return self.kernels.route(scores, self.e_score_correction_bias[...], top_k=self.top_k, factor=self.factor)
+        # Column by column: a TPU lays rows this short out by columns, and would copy the table to gather rows.
+        index = jnp.stack([column[tokens] for column in self.tid2eid[...].T], axis=-1)
         return index, routing_weights(scores, index, self.factor)
 
 
@@ -87,7 +84,8 @@ class SharedExpert(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate_up, down = self.gate_up_proj.get_value(), self.down_proj.get_value()
         x = self.numerics.activations(x, gate_up)
-        return mlp(x, gate_up, down, self.limit, self.numerics, self.kernels.project)
+        kernels = self.kernels
+        return mlp(x, gate_up, down, self.limit, self.numerics, kernels.project, kernels.expert_hidden)
 
 
 class SparseMoe(nnx.Module):
@@ -104,7 +102,7 @@ class SparseMoe(nnx.Module):
         parallel: Parallel = SINGLE,
     ):
         self.schedule, self.parallel = schedule, parallel
-        self.gate = Router(config, spec, dtype)
+        self.gate = Router(config, spec, dtype, kernels)
         self.experts = Experts(config, kernels, numerics, dtype, parallel)
         self.shared_experts = SharedExpert(config, kernels, numerics, dtype)
 

@@ -63,6 +63,10 @@ class Numerics(abc.ABC):
     def activations(self, x: jax.Array, w: Weight) -> jax.Array:
         """x [..., K], about to be multiplied with the weight w."""
 
+    def rounds(self, w: Weight) -> bool:
+        """Whether `activations` in front of w is `round_rows`, which a kernel may then do with what precedes it."""
+        return False
+
     @abc.abstractmethod
     def kv(self, rows: jax.Array, rope_dim: int) -> jax.Array:
         """KV rows [..., D], window or compressed, rotated."""
@@ -109,8 +113,11 @@ class OfficialNumerics(Numerics):
     def on(self, kernels: Rounds) -> Numerics:
         return dataclasses.replace(self, kernels=kernels)
 
+    def rounds(self, w: Weight) -> bool:
+        return isinstance(w, QuantizedArray)
+
     def activations(self, x: jax.Array, w: Weight) -> jax.Array:
-        if not isinstance(w, QuantizedArray):
+        if not self.rounds(w):
             return x
         return round_rows(x) if self.kernels is None else self.kernels.round_rows(x)
 

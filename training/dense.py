@@ -14,13 +14,13 @@ from flax import nnx
 
 from dsv4_jax.attention import Attention, CsaAttention, HcaAttention
 from dsv4_jax.compressor import Compressor
-from dsv4_jax.experts import clamped_swiglu
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead
 from dsv4_jax.layer import DecoderLayer
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.moe import Router, SparseMoe, router_scores
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation
+from pallas_kernels.expert_rows import clamped_swiglu
 from pallas_kernels.index_topk.xla import kth_largest
 from pallas_kernels.rms_norm import rms_norm
 

@@ -11,7 +11,7 @@ from pallas_kernels.fp8_matmul.reference import BLOCK, scale_value
 GROUP = 32  # channels of a packed row that share a scale
 
 
-def check_shapes(x, block_expert, blocks_used, w, scale, packed: bool) -> None:
+def check_shapes(x, block_expert, blocks_used, w, scale, packed: bool, row=None) -> None:
     """Raise where the operands of `expert_matmul` do not fit each other or have types it does not know."""
     (E, N, width), blocks = w.shape, block_expert.shape[0]
     K = 2 * width if packed else width
@@ -21,10 +21,11 @@ def check_shapes(x, block_expert, blocks_used, w, scale, packed: bool) -> None:
             f"expert_matmul: x {x.shape} does not fit w {w.dtype}{list(w.shape)}: with {packed=}, w must be "
             f"{jnp.dtype(kind).name} [E, N, {'K / 2' if packed else 'K'}] and x [blocks * rows, K]"
         )
-    if block_expert.ndim != 1 or not blocks or x.shape[0] % blocks or jnp.ndim(blocks_used):
+    rows = x if row is None else row
+    if block_expert.ndim != 1 or not blocks or rows.shape[0] % blocks or jnp.ndim(blocks_used):
         raise ValueError(
             f"expert_matmul: block_expert {block_expert.shape} must name the expert of each of x's blocks, of which "
-            f"x {x.shape} has a whole number, and blocks_used be a number, not {jnp.shape(blocks_used)}"
+            f"x {rows.shape} has a whole number, and blocks_used be a number, not {jnp.shape(blocks_used)}"
         )
     shape = (E, N, -(-K // GROUP)) if packed else (E, -(-N // BLOCK), -(-K // BLOCK))
     kinds = (jnp.uint8,) if packed else (jnp.uint8, jnp.float32)
@@ -43,7 +44,12 @@ def expert_values(w, scale, packed: bool):
     return codes * (factor if packed else jnp.repeat(factor, BLOCK, axis=0)[:N])
 
 
-def expert_matmul(x, block_expert, blocks_used, w, scale, *, packed: bool):
+def pick_rows(x: jax.Array, row: jax.Array | None) -> jax.Array:
+    """x [n, K], its rows int32 [S] of at least 0, the last for those there are not -> [S, K]; None: all of them."""
+    return x if row is None else x.at[row].get(mode="clip", wrap_negative_indices=False)
+
+
+def expert_matmul(x, block_expert, blocks_used, w, scale, *, row=None, packed: bool):
     """Rows sorted by expert and cut into blocks, each block times the weights of its expert, transposed.
 
     Args:
@@ -52,6 +58,7 @@ def expert_matmul(x, block_expert, blocks_used, w, scale, *, packed: bool):
       blocks_used: int32 scalar; blocks from there on hold nothing.
       w: `packed`, uint8 [E, N, K / 2]: two e2m1 codes a byte, the low nibble being the even channel; else
         float8_e4m3fn [E, N, K] without NaN codes.
+      row: int32 [blocks * R] in [0, n], which rows of an x [n, K] to take; n may give any of them.
       scale: `packed`, uint8 e8m0 exponent bytes [E, N, K / 32]; else uint8 or float32
         [E, ceil(N / 128), ceil(K / 128)].
     Returns:
@@ -62,8 +69,8 @@ def expert_matmul(x, block_expert, blocks_used, w, scale, *, packed: bool):
       ValueError: the shapes or types disagree.
     Source: architecture 6 and 8.3.
     """
-    check_shapes(x, block_expert, blocks_used, w, scale, packed)
-    blocks = block_expert.shape[0]
+    check_shapes(x, block_expert, blocks_used, w, scale, packed, row)
+    x, blocks = pick_rows(x, row), block_expert.shape[0]
 
     def product(block):
         rows, expert, used = block

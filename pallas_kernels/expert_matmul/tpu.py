@@ -17,7 +17,9 @@ What shares a scale is 32 channels of one row of w. There are two ways to apply 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +29,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
-from pallas_kernels.expert_matmul.reference import GROUP, check_shapes
+from pallas_kernels.expert_matmul.reference import GROUP, check_shapes, pick_rows
 from pallas_kernels.expert_matmul.tuning import TpuConfig, default_config
 from pallas_kernels.fp8_matmul.reference import BLOCK, scale_value
 from pallas_kernels.fp8_matmul.tpu import B11_FACTOR, BY_COLUMNS, VMEM_SHARE, mxu_codes, split_fp32
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 SPAN = 2 * LANES  # channels in a register's width of packed codes
 GROUPS = SPAN // GROUP
 BY_ROWS = (((1,), (0,)), ((), ()))  # contract the last axis of one with the first of the other
 EXPONENT_SHIFT = 14  # of an e2m1 code placed as e5m2
 PIECE = 256  # columns summed at a time
+HELD_BYTES, HELD_SHARE = 8, 0.25  # of each channel of a row that is held, and of the vector memory for all of them
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Plan:
     native: bool  # the matrix unit takes e4m3fn codes
     native_fp4: bool  # and e2m1 codes
     out_dtype: Any
+    held: bool = False  # all rows of x, [n, K], and of a tile of the result are in vector memory
+    one_core: bool = True
 
     @property
     def tiles(self) -> int:
@@ -100,21 +105,40 @@ def _transposed(x: jax.Array) -> jax.Array:
     return jax.lax.dot_general(one, x, BY_COLUMNS, preferred_element_type=jnp.float32)
 
 
-def _spread_rows(x_ref, spread_ref, plan: Plan) -> None:
+def _split_lanes(first: jax.Array, second: jax.Array, odd: int) -> jax.Array:
+    """[n, 128] each, neighbours -> the even of their 256 columns, or the odd ones."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, first.shape, 1)
+    first, second = (jnp.take_along_axis(x, 2 * lane % LANES + odd, axis=1) for x in (first, second))
+    return jnp.where(lane < LANES // 2, first, second)
+
+
+def _hold_rows(x_ref, held_ref, plan: Plan) -> None:
+    """All of x in fp32, of which a row may be read anywhere, and in the order of the codes."""
+    for start in range(0, plan.K, SPAN):
+        cuts = pl.ds(start, LANES), pl.ds(start + LANES, LANES)
+        # A single row is spread over a register, in which alone lanes can be permuted.
+        halves = [jnp.broadcast_to(x_ref[:, cut], (held_ref.shape[0], LANES)).astype(jnp.float32) for cut in cuts]
+        for i, cut in enumerate(cuts):
+            held_ref[:, cut] = halves[i] if plan.in_order else _split_lanes(halves[0], halves[1], i)
+
+
+def _spread_rows(row: Callable[[int, Any], jax.Array], spread_ref, plan: Plan) -> None:
     """Eight copies of each row of x, the g-th with only those channels of each 256 that are in their g-th group."""
     lane, copy = (jax.lax.broadcasted_iota(jnp.int32, (GROUPS, SPAN), axis) for axis in (1, 0))
     group = lane // GROUP if plan.in_order else lane % LANES // (LANES // GROUPS)
     mine = group == copy
     for start in range(0, plan.K, SPAN):
         cut = pl.ds(start, SPAN)
-        rows = [jnp.where(mine, x_ref[0, pl.ds(r, 1), cut], 0.0) for r in range(plan.rows)]
+        rows = [jnp.where(mine, row(r, cut), 0.0) for r in range(plan.rows)]
         spread_ref[:, cut] = jnp.concatenate(rows, axis=0).astype(jnp.bfloat16)
 
 
-def _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan: Plan) -> None:
-    _spread_rows(x_ref, spread_ref, plan)
-    for first in range(0, plan.config.columns, PIECE):
-        columns = pl.ds(first, min(PIECE, plan.config.columns - first))
+def _sum_by_groups(row, w_ref, scale_ref, put, spread_ref, plan: Plan) -> None:
+    """row(r, cut) reads channels of the r-th row, put(columns, sums) takes fp32 [1, columns] of each."""
+    _spread_rows(row, spread_ref, plan)
+    ends = [*range(PIECE, plan.config.columns - LANES, PIECE), plan.config.columns]  # none of 128 beside others: those
+    for first, end in zip([0, *ends], ends, strict=False):  # are rows that cannot be put anywhere
+        columns = pl.ds(first, end - first)
         if plan.turned:
             factors = _factors(scale_ref.at[0, :, columns], plan.exponent_shift).astype(jnp.float32)
         else:
@@ -129,8 +153,7 @@ def _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan: Plan) -> 
             part = jax.lax.dot_general(rows, codes, dims, preferred_element_type=jnp.float32)
             factor = factors[i * GROUPS : (i + 1) * GROUPS]
             total = total + part * jnp.concatenate([factor] * plan.rows, axis=0)
-        sums = [total[r * GROUPS : (r + 1) * GROUPS].sum(axis=0, keepdims=True) for r in range(plan.rows)]
-        out_ref[0, :, columns] = jnp.concatenate(sums, axis=0).astype(out_ref.dtype)
+        put(columns, [total[r * GROUPS : (r + 1) * GROUPS].sum(axis=0, keepdims=True) for r in range(plan.rows)])
 
 
 def _widen_packed(w_ref, scale_ref, wide_ref, plan: Plan) -> None:
@@ -197,25 +220,59 @@ def _kernel(expert_ref, used_ref, x_ref, w_ref, scale_ref, out_ref, *scratch, pl
             out_ref[0] = out.astype(out_ref.dtype)
         elif plan.packed:
             (spread_ref,) = scratch
-            _sum_by_groups(x_ref, w_ref, scale_ref, out_ref, spread_ref, plan)
+
+            def put(columns, sums):
+                out_ref[0, :, columns] = jnp.concatenate(sums, axis=0).astype(out_ref.dtype)
+
+            _sum_by_groups(lambda r, cut: x_ref[0, pl.ds(r, 1), cut], w_ref, scale_ref, put, spread_ref, plan)
         else:
             _sum_by_blocks(x_ref, w_ref, scale_ref, out_ref, plan)
 
 
-def _scratch(plan: Plan) -> list[Any]:
+def _held_kernel(expert_ref, used_ref, *refs, plan: Plan):
+    """`_kernel` of few rows, all of which are held; the first of refs, where there is one more: which of x each is."""
+    *row_ref, x_ref, w_ref, scale_ref, out_ref, spread_ref, held_ref, sums_ref = refs
+    tile, block = pl.program_id(0), pl.program_id(1)
+
+    @pl.when((block == 0) & ((tile == 0) | (not plan.one_core)))
+    def _hold():
+        _hold_rows(x_ref, held_ref, plan)
+
+    @pl.when(block < used_ref[0])
+    def _multiply():
+        def put(columns, sums):
+            for r in range(plan.rows):
+                sums_ref[pl.ds(block * plan.rows + r, 1), columns] = sums[r]
+
+        own = [block * plan.rows + r for r in range(plan.rows)]
+        at = [jnp.minimum(ref[i], x_ref.shape[0] - 1) for ref in row_ref for i in own] or own
+        row = lambda r, cut: held_ref[pl.ds(at[r], 1), cut]
+        _sum_by_groups(row, w_ref, scale_ref, put, spread_ref, plan)
+
+    @pl.when(block == pl.num_programs(1) - 1)
+    def _round():
+        out_ref[...] = sums_ref[...].astype(out_ref.dtype)
+
+
+def _scratch(plan: Plan, x_rows: int) -> list[Any]:
     c = plan.config
     if c.fold:
         return [pltpu.VMEM((c.columns, plan.K), jnp.bfloat16)]
-    if plan.packed:
-        return [pltpu.VMEM((plan.rows * GROUPS, plan.K), jnp.bfloat16)]
-    return []
+    spread = pltpu.VMEM((plan.rows * GROUPS, plan.K), jnp.bfloat16)
+    if plan.held:
+        held, sums = (SUBLANES if x_rows == 1 else x_rows, plan.K), (plan.blocks * plan.rows, c.columns)
+        return [spread, pltpu.VMEM(held, jnp.float32), pltpu.VMEM(sums, jnp.float32)]
+    return [spread] if plan.packed else []
 
 
-def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, interpret):
-    """x [blocks, rows, K] in the kernel's order of columns; scale as stored, or of FP8 [E, tiles, blocks, blocks]."""
+def _call(x, block_expert, blocks_used, w, scale, row=None, *, plan: Plan, chip: Chip, interpret):
+    """x [blocks, rows, K] in the kernel's order of columns; scale as stored, or of FP8 [E, tiles, blocks, blocks].
+
+    Where all rows are held, x [n, K] as it is, of which a block has all or those of row; the result is two-dimensional.
+    """
     columns = plan.config.columns
 
-    def tile(n, b, expert, used):
+    def tile(n, b, expert, used, *_):
         """With no block in use, the grid has one for every tile, which all stay at the first."""
         return expert[b], jnp.where(used[0] > 0, n, 0), 0
 
@@ -234,20 +291,26 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
     known = isinstance(blocks_used, int)
     end = min(max(blocks_used, 1), plan.blocks) if known else jnp.clip(blocks_used, 1, plan.blocks)
     grid = plan.tiles, end
+    out_shape: tuple[int, ...] = plan.blocks, plan.rows, plan.N
+    if plan.held:
+        out_shape = plan.blocks * plan.rows, plan.N
+        x_spec = pl.BlockSpec(x.shape, lambda *_: (0, 0))
+        out_spec = pl.BlockSpec((out_shape[0], columns), lambda n, *_: (0, n))
+    else:
+        x_spec = pl.BlockSpec((1, plan.rows, plan.K), lambda n, b, *_: (b, 0, 0))
+        out_spec = pl.BlockSpec((1, plan.rows, columns), lambda n, b, *_: (b, 0, n))
+    scalars = [block_expert.astype(jnp.int32), jnp.reshape(blocks_used, (1,)).astype(jnp.int32)]
+    scalars += [] if row is None else [row.astype(jnp.int32)]
     return pl.pallas_call(
-        functools.partial(_kernel, plan=plan),
+        functools.partial(_held_kernel if plan.held else _kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(scalars),
             grid=grid,
-            in_specs=[
-                pl.BlockSpec((1, plan.rows, plan.K), lambda n, b, expert, used: (b, 0, 0)),
-                pl.BlockSpec((1, columns, w.shape[2]), tile),
-                scale_spec,
-            ],
-            out_specs=pl.BlockSpec((1, plan.rows, columns), lambda n, b, expert, used: (b, 0, n)),
-            scratch_shapes=_scratch(plan),
+            in_specs=[x_spec, pl.BlockSpec((1, columns, w.shape[2]), tile), scale_spec],
+            out_specs=out_spec,
+            scratch_shapes=_scratch(plan, len(x)),
         ),
-        out_shape=jax.ShapeDtypeStruct((plan.blocks, plan.rows, plan.N), plan.out_dtype),
+        out_shape=jax.ShapeDtypeStruct(out_shape, plan.out_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(VMEM_SHARE * chip.vmem_bytes)
         ),
@@ -259,7 +322,7 @@ def _call(x, block_expert, blocks_used, w, scale, *, plan: Plan, chip: Chip, int
         ),
         interpret=interpret,
         name="expert_matmul",
-    )(block_expert.astype(jnp.int32), jnp.reshape(blocks_used, (1,)).astype(jnp.int32), x, w, scale)
+    )(*scalars, x, w, scale)
 
 
 def _even_odd(x: jax.Array) -> jax.Array:
@@ -286,6 +349,7 @@ def expert_matmul_tpu(
     w: jax.Array,
     scale: jax.Array,
     *,
+    row: jax.Array | None = None,
     packed: bool,
     chip: Chip,
     config: TpuConfig | None = None,
@@ -298,37 +362,48 @@ def expert_matmul_tpu(
 
     Args:
       blocks_used: of known value, an int, it makes the grid a fixed one, which a static profile needs.
+      row: as there; rows of a bfloat16 x are read where they lie if blocks have few.
       config: block sizes; `tuning.default_config` by default.
       interpret: run on CPU; `pltpu.InterpretParams()` checks memory accesses, too.
     Raises:
       ValueError: the operands disagree, or `chip` is not a TPU.
     """
-    check_shapes(x, block_expert, blocks_used, w, scale, packed)
     require(chip, "expert_matmul_tpu", platform="tpu")
-    blocks, count, N, dtype = block_expert.shape[0], x.shape[0], w.shape[1], x.dtype
-    if x.size == 0:
+    rows_held = x.dtype == jnp.bfloat16 and packed
+    if row is not None and not rows_held:
+        x, row = pick_rows(x, row), None
+    check_shapes(x, block_expert, blocks_used, w, scale, packed, row)
+    blocks, N, dtype = block_expert.shape[0], w.shape[1], x.dtype
+    count = x.shape[0] if row is None else row.shape[0]
+    if count * x.shape[1] == 0:
         return jnp.zeros((count, N), dtype)
     unit = SPAN if packed else BLOCK
     w = _pad_to(_pad_to(w, 1, LANES), 2, unit // 2 if packed else unit)
     if packed:
         scale = _pad_to(_pad_to(scale, 1, LANES), 2, GROUPS)
-    parts = split_fp32(x) if dtype == jnp.float32 else x[None]  # [parts, blocks * rows, K]
-    x = _pad_to(jnp.moveaxis(parts.reshape(-1, blocks, count // blocks, x.shape[1]), 0, 1), 3, unit)
-    x = x.reshape(blocks, -1, x.shape[3])
-    plan_rows, K = x.shape[1:]
+    parts = 1 if dtype == jnp.bfloat16 else 3
+    plan_rows, K = parts * count // blocks, -(-x.shape[1] // unit) * unit
     if config is None:
         exact = scale.dtype == jnp.uint8
         config = default_config(chip, plan_rows, w.shape[1], K, packed=packed, exact_scales=exact)
-    native = chip.has_fp8_mxu
-    plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, native, chip.has_fp4_mxu, dtype)
+    nbytes = HELD_BYTES * (x.shape[0] * K + count * config.columns)
+    plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, chip.has_fp8_mxu, chip.has_fp4_mxu, dtype)
+    if rows_held and plan.by_group and config.columns > LANES and nbytes <= HELD_SHARE * chip.vmem_bytes:
+        plan = dataclasses.replace(plan, held=True, one_core=chip.cores == 1)
+        scale = scale.swapaxes(1, 2) if plan.turned else scale
+        call = functools.partial(_call, plan=plan, chip=chip, interpret=interpret)
+        return call(_pad_to(x, 1, unit), block_expert, blocks_used, w, scale, row)[:, :N]
+    x = x if row is None else pick_rows(x, row)
+    x = (split_fp32(x) if parts > 1 else x[None]).reshape(parts, blocks, count // blocks, -1)
+    x = _pad_to(jnp.moveaxis(x, 0, 1), 3, unit).reshape(blocks, plan_rows, K)
     if packed:
         scale = scale.swapaxes(1, 2) if plan.turned else scale
         x = x if plan.in_order else _even_odd(x)
         x = x if config.fold else x.astype(jnp.float32)
     else:
-        values = scale_value(scale) * jnp.float32(1.0 if native else B11_FACTOR)
+        values = scale_value(scale) * jnp.float32(1.0 if plan.native else B11_FACTOR)
         scale = values.reshape(w.shape[0], plan.tiles, -1, values.shape[2])
     out = _call(x, block_expert, blocks_used, w, scale, plan=plan, chip=chip, interpret=interpret)[..., :N]
-    if len(parts) > 1:
-        out = out.reshape(blocks, len(parts), -1, N).sum(1)
+    if parts > 1:
+        out = out.reshape(blocks, parts, -1, N).sum(1)
     return out.reshape(count, N)

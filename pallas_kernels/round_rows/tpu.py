@@ -33,7 +33,7 @@ def round_to_grid(x: jax.Array, *, mantissa: int, lowest: int, largest: float) -
     return (x + magic) - magic
 
 
-def _round_group(x: jax.Array) -> jax.Array:
+def round_group(x: jax.Array) -> jax.Array:
     """fp32 [rows, 128], a group a row; every step but the rounding is exact."""
     amax = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), FP8_SMALLEST) * jnp.float32(1 / E4M3_MAX)
     scale = jnp.broadcast_to(scale_exponent(amax), x.shape)
@@ -43,7 +43,7 @@ def _round_group(x: jax.Array) -> jax.Array:
 def _kernel(x_ref, out_ref):
     for start in range(0, x_ref.shape[1], GROUP):
         cut = slice(start, start + GROUP)
-        out_ref[:, cut] = _round_group(x_ref[:, cut].astype(jnp.float32)).astype(out_ref.dtype)
+        out_ref[:, cut] = round_group(x_ref[:, cut].astype(jnp.float32)).astype(out_ref.dtype)
 
 
 def round_rows_tpu(x: jax.Array, *, chip: Chip, interpret: bool | pltpu.InterpretParams = False) -> jax.Array:

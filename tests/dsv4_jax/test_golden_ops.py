@@ -11,16 +11,16 @@ from golden_cases import GOLDEN
 from dsv4_jax.cache import CompressorCache, Step
 from dsv4_jax.compressor import Compressor
 from dsv4_jax.config import LayerSpec, ModelConfig, Yarn
-from dsv4_jax.experts import clamped_swiglu
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead
 from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.linear import linear, matmul
-from dsv4_jax.moe import router_scores, routing_weights
+from dsv4_jax.moe import router_scores
 from dsv4_jax.numerics import OfficialNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize, quantize_fp8
 from dsv4_jax.rope import RopeSpec, RopeTable, Rotation, apply_rope, build_table
 from dsv4_jax.streams import split_mix
+from pallas_kernels.expert_rows import clamped_swiglu
 from pallas_kernels.formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_fp4
 from pallas_kernels.index_rows import dequantize_index_rows, quantize_index_rows
 from pallas_kernels.index_topk import index_scores, pick_entries, pick_entries_xla
@@ -28,6 +28,7 @@ from pallas_kernels.kv_rows import dequantize_rows, quantize_rows
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.round_index import round_fp4
 from pallas_kernels.round_rows import round_rows
+from pallas_kernels.routing import routing_weights
 from pallas_kernels.sparse_mla import Indices, Mask, Window, sparse_mla, sparse_mla_xla
 
 SPECS = {

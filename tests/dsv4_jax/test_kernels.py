@@ -96,7 +96,9 @@ def test_the_step_calls_the_kernel_in_every_kind_of_layer(name, T):
     form = "decode" if T == 1 else "prefill"
     assert calls["sparse_mla"] == calls["fp8_output_projection"] == 3 and calls[f"index_topk_{form}"] == 1
     assert calls["expert_matmul"] == 2 * 3 and calls["fp8_matmul"] == 3 * (3 + 2) + 1  # q_a with kv; the indexer's
-    assert calls["norm_heads"] == 3 and calls["round_rows"] == 3 * (4 + 3) + 1  # in front of all of those but o_a
+    assert calls["norm_heads"] == 3 and calls["round_rows"] == 3 * (3 + 2) + 1  # in front of all of those but o_a
+    assert calls["expert_hidden"] == 2 * 3 and calls["route"] == 2  # one layer looks its experts up by token
+    assert calls["arrange_pairs"] == calls["add_rows"] == (3 if T == 1 else 0)
     assert calls["round_index"] == 2  # queries and keys
     assert calls["rms_norm"] == 3 + 3 + 3  # of the queries' latent, KV rows and entries
     assert calls["pool_window"] == (3 if T == 1 else 0)  # HCA, CSA and its indexer

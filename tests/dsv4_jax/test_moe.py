@@ -9,11 +9,14 @@ import pytest
 from golden_cases import GOLDEN
 
 from dsv4_jax.config import LayerSpec, ModelConfig
-from dsv4_jax.experts import MAX_BLOCK_ROWS, block_rows, clamped_swiglu, expert_mlp, expert_mlp_in_blocks, slab_blocks
+from dsv4_jax.experts import MAX_BLOCK_ROWS, block_rows, expert_mlp, expert_mlp_in_blocks, slab_blocks
+from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.moe import Router
 from dsv4_jax.numerics import ExactNumerics
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize
+from pallas_kernels.expert_matmul.reference import pick_rows
+from pallas_kernels.expert_rows import clamped_swiglu
 
 pytestmark = pytest.mark.slow
 
@@ -76,13 +79,15 @@ def in_blocks(*args):
 
     Blocks that are not used are poison, as memory that was never written may be.
     """
+    return expert_mlp_in_blocks(*args[:7], PoisonKernels(), *args[7:])
 
-    def product(rows, expert, used, w):
+
+class PoisonKernels(XlaKernels):
+    def expert_product(self, x, row, expert, used, w):
+        rows = pick_rows(x, row)
         values = dequantize(w, jnp.float32)[expert] if isinstance(w, QuantizedArray) else w[expert]
         out = jnp.einsum("brk,bnk->brn", rows.reshape(len(expert), -1, rows.shape[1]), values, precision="highest")
         return jnp.where(jnp.arange(len(expert))[:, None, None] < used, out, jnp.nan).reshape(len(rows), -1)
-
-    return expert_mlp_in_blocks(*args[:7], product, *args[7:])
 
 
 BOTH = pytest.mark.parametrize("experts", [expert_mlp, in_blocks], ids=["loop", "in blocks"])

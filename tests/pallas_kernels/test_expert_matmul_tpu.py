@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import TPUS, chip
 from pallas_kernels.expert_matmul import expert_matmul
+from pallas_kernels.expert_matmul.reference import pick_rows
 from pallas_kernels.expert_matmul.tpu import TpuConfig, expert_matmul_tpu
 from pallas_kernels.expert_matmul.tuning import default_config
 from pallas_kernels.formats import decode_e2m1, decode_e8m0, unpack_fp4
@@ -69,6 +70,33 @@ def test_equals_the_reference(name):
     exact = np.asarray(want, np.float64)[: rows * used]
     atol = tolerance * max(np.abs(exact).max(initial=0), 1e-9)
     np.testing.assert_allclose(np.asarray(got, np.float64)[: rows * used], exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", ["neighbours of one expert", "one row a block", "float32", "many rows", "FP8"])
+def test_rows_are_taken_from_where_they_lie(case):
+    """As for each row's token; the rows that are none name one past the last."""
+    target, *sizes, config = CASES[case]
+    (x, expert, used, *weights), packed, rows = operands(*sizes), sizes[5], sizes[0]
+    row = np.random.default_rng(0).integers(0, 5, len(x))
+    row[rows * int(used) - 1], x = 5, x[:5] if len(x) >= 5 else jnp.concatenate([x, x])[:5]
+    row = jnp.asarray(row, jnp.int32)
+    run = lambda x, row: expert_matmul_tpu(
+        x, expert, used, *weights, row=row, packed=packed, chip=chip(target), config=config, interpret=STRICT
+    )
+    got, want = jax.block_until_ready(run(x, row)), jax.block_until_ready(run(pick_rows(x, row), None))
+    reached = rows * int(used)
+    np.testing.assert_array_equal(got[:reached].astype(F32), want[:reached].astype(F32))
+    plain = expert_matmul(x, expert, used, *weights, row=row, packed=packed)[:reached].astype(F32)
+    atol = TOLERANCE[x.dtype.type] * float(jnp.abs(plain).max())
+    np.testing.assert_allclose(got[:reached].astype(F32), plain, rtol=0, atol=atol)
+
+
+def test_rows_too_many_to_hold_are_read_block_by_block(monkeypatch):
+    args = operands(*CASES["neighbours of one expert"][1:-1])
+    run = lambda: jax.block_until_ready(expert_matmul_tpu(*args, packed=True, chip=chip("v6e"), interpret=STRICT))
+    held = run()
+    monkeypatch.setattr("pallas_kernels.expert_matmul.tpu.HELD_SHARE", 0)
+    np.testing.assert_array_equal(run()[:12], held[:12])
 
 
 @pytest.mark.parametrize("name", ["v6e", "v7x"])

@@ -25,6 +25,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Flash o_a, one row": ("output_projection", {"rows": 1, "H": 64, "groups": 8}),
     "Pro o_a, a batch": ("output_projection", {"rows": 64, "H": 128, "groups": 16}),
     "Flash experts, one token": ("expert_matmul", {"rows": 1, "blocks": 6, **FLASH}),
+    "Flash experts, tokens of a batch": ("expert_matmul", {"rows": 2, "blocks": 48, "tokens": 8, **FLASH}),
+    "Pro experts, a token": ("expert_matmul", {"rows": 1, "blocks": 6, "tokens": 1, **PRO}),
     "Pro experts, a batch": ("expert_matmul", {"rows": 2, "blocks": 576, **PRO}),
     "FP8 experts, one token": ("expert_matmul", {"rows": 1, "blocks": 6, **FLASH, "packed": False}),
 }

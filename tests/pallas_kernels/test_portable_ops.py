@@ -10,10 +10,12 @@ from golden_cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.experts import by_counting, clamped_swiglu, compare_blocks, expert_mlp, make_blocks
+from dsv4_jax.experts import by_counting, expert_mlp, make_blocks
 from dsv4_jax.numerics import ExactNumerics
+from pallas_kernels.expert_rows import clamped_swiglu
 from pallas_kernels.index_topk import pick_entries, pick_entries_xla
 from pallas_kernels.index_topk.xla import kth_largest
+from pallas_kernels.routing import compare_blocks
 from pallas_kernels.sparse_mla import FirstN, Indices, Mask, Window, sparse_mla, sparse_mla_xla
 
 D = 32

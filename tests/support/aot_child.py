@@ -47,10 +47,13 @@ def output_projection(chip: Chip, rows: int, H: int, groups: int, D=512, O=1024,
     return run, [array(jnp.bfloat16, 1, rows, H, D), *tables, array(CODES, N, K), array(jnp.uint8, N // 128, K // 128)]
 
 
-def expert_matmul(chip: Chip, rows: int, blocks: int, E: int, N: int, K: int, packed=True, config=None):
-    """`blocks` blocks of `rows` rows, with FP4 or FP8 weights."""
+def expert_matmul(chip: Chip, rows: int, blocks: int, E: int, N: int, K: int, packed=True, config=None, tokens=None):
+    """`blocks` blocks of `rows` rows, or of rows of so many tokens, with FP4 or FP8 weights."""
     w, scale = array(CODES, E, N, K), array(jnp.uint8, E, N // 128, K // 128)
     if packed:
         w, scale = array(jnp.uint8, E, N, K // 2), array(jnp.uint8, E, N, K // 32)
     run = functools.partial(expert_matmul_tpu, packed=packed, chip=chip, config=config and ExpertConfig(*config))
-    return run, [array(jnp.bfloat16, rows * blocks, K), array(jnp.int32, blocks), array(jnp.int32), w, scale]
+    args = [array(jnp.bfloat16, tokens or rows * blocks, K), array(jnp.int32, blocks), array(jnp.int32), w, scale]
+    if not tokens:
+        return run, args
+    return lambda row, *args: run(*args, row=row), [array(jnp.int32, rows * blocks), *args]
