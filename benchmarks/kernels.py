@@ -219,7 +219,7 @@ def collapse(target: Chip, rows: int, M: int):
     n, elements = STREAMS, (2 + STREAMS) * STREAMS
     args = array(jnp.bfloat16, rows, 1, n, M), array(jnp.float32, elements, n * M), array(jnp.float32, elements)
     run = lambda *args: collapse_tpu(*args, iterations=20, eps=1e-6, rms_eps=1e-6, chip=target)
-    return run, (*args, array(jnp.float32, 3))
+    return run, (*args, array(jnp.float32, 3), array(jnp.float32, M))  # with the norm of what it gives
 
 
 def expand(target: Chip, rows: int, M: int):
@@ -309,7 +309,7 @@ def row_work(name: str, m: Model, rows: int) -> Iterator[Work]:
         yield Work("round_rows", name, shape, phase, {"rows": rows, "K": K}, 4 * rows * K, 0)
     yield Work("round_index", name, "q", phase, {"rows": rows}, 4 * rows * INDEX_HEADS * INDEX_DIM, 0)
     sizes, mix = {"rows": rows, "M": m.M}, (2 + STREAMS) * STREAMS
-    nbytes = 2 * rows * (STREAMS + 1) * m.M + 4 * mix * (STREAMS * m.M + rows)
+    nbytes = 2 * rows * (STREAMS + 1) * m.M + 4 * mix * (STREAMS * m.M + rows) + 4 * m.M
     yield Work("collapse", name, "streams", phase, sizes, nbytes, 2 * rows * mix * STREAMS * m.M)
     yield Work("expand", name, "streams", phase, sizes, rows * (2 * (2 * STREAMS + 1) * m.M + 4 * mix), 0)
     yield Work("route", name, "scores", phase, {"rows": rows, "E": m.E, "A": m.A}, rows * (4 * m.E + 8 * m.A), 0)

@@ -42,7 +42,7 @@ DIFFERS = {
     "grouped_output_projection": "a scale a channel, not one for 128 x 128; weights turned",
     "expert_matmul": "float32 scales; FP8 codes where the chip has no FP4, twice the bytes",
     "sparse_mla": "two kernels, of which starts and waits of copies are not counted; entries in pages",
-    "collapse": "Sinkhorn is left to XLA and not counted",
+    "collapse": "Sinkhorn and the norm are left to XLA and not counted",
     "expand": "weights in two arrays",
 }
 HEAD_DIM, WINDOW, STREAMS, SCALED, GROUP = 512, 128, 4, 128, 32

@@ -126,11 +126,11 @@ def _watch(hc: HyperConnection, seen: dict[str, Any], name: str) -> None:
     """Let `hc` note its mixing under `name` whenever it collapses streams."""
     plain = hc.collapse
 
-    def collapse(streams):
+    def collapse(streams, norm=None):
         mix = stream_mix(streams, hc.fn[...], hc.rms_eps)
         pre, post, comb = split_mix(mix, hc.base[...], hc.scale[...], hc.n, hc.iterations, hc.eps)
         seen[name] = tuple(x[0] for x in (mix, pre, post, comb))
-        return plain(streams)
+        return plain(streams, norm)
 
     hc.collapse = collapse  # type: ignore[method-assign]
 

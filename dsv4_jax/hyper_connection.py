@@ -10,6 +10,7 @@ from flax import nnx
 
 from dsv4_jax.config import ModelConfig
 from dsv4_jax.kernels import StreamKernels, XlaKernels
+from dsv4_jax.linear import RMSNorm
 from dsv4_jax.streams import stream_mix, weigh_streams
 
 
@@ -24,11 +25,15 @@ class HyperConnection(nnx.Module):
         self.base = nnx.Param(jnp.zeros(((2 + n) * n,), jnp.float32))
         self.scale = nnx.Param(jnp.zeros((3,), jnp.float32))
 
-    def collapse(self, streams: jax.Array) -> tuple[jax.Array, Any]:
-        """[B, T, N, M] -> sub-block input [B, T, M], and the mixing weights in the form `expand` takes them."""
+    def collapse(self, streams: jax.Array, norm: RMSNorm | None = None) -> tuple[jax.Array, Any]:
+        """[B, T, N, M] -> sub-block input [B, T, M], and the mixing weights in the form `expand` takes them.
+
+        norm: of that input; its eps is that of the streams.
+        """
         fn, base, scale = self.fn[...], self.base[...], self.scale[...]
+        weight = None if norm is None else norm.weight[...]
         return self.kernels.collapse_streams(
-            streams, fn, base, scale, iterations=self.iterations, eps=self.eps, rms_eps=self.rms_eps
+            streams, fn, base, scale, weight, iterations=self.iterations, eps=self.eps, rms_eps=self.rms_eps
         )
 
     def expand(self, out: jax.Array, streams: jax.Array, mixing: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
 from dsv4_jax.gradients import differentiable
-from dsv4_jax.linear import linear
+from dsv4_jax.linear import linear, rms_norm
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Stack, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
@@ -145,8 +145,11 @@ class StreamKernels(abc.ABC):
     """What a platform must supply for hyper-connections."""
 
     @abc.abstractmethod
-    def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
-        """Streams [B, T, N, M] -> [B, T, M], and the mixing weights; see `streams.collapse`."""
+    def collapse_streams(self, streams, fn, base, scale, norm=None, *, iterations: int, eps: float, rms_eps: float):
+        """Streams [B, T, N, M] -> [B, T, M], and the mixing weights; see `streams.collapse`.
+
+        norm: fp32 [M], weight of an RMSNorm of the former; None: there is none.
+        """
 
     @abc.abstractmethod
     def expand_streams(self, out, streams, mixing) -> jax.Array:
@@ -221,9 +224,9 @@ class XlaKernels(Kernels):
     def pick_entries(self, q, weights, keys: IndexKeys, visible, *, top_k: int) -> Picks:
         return pick_entries_xla(q, weights, wide_keys(keys, q.dtype), visible, top_k=top_k)
 
-    def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
+    def collapse_streams(self, streams, fn, base, scale, norm=None, *, iterations: int, eps: float, rms_eps: float):
         x, *mixing = collapse(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps)
-        return x, tuple(mixing)
+        return x if norm is None else rms_norm(x, norm, rms_eps), tuple(mixing)
 
     def expand_streams(self, out, streams, mixing) -> jax.Array:
         return expand(out, streams, *mixing)
@@ -374,10 +377,10 @@ class TpuKernels(XlaKernels):
         as_bits = q.shape[1] > DECODE_TOKENS and keys.shape[1] <= MASK_LIMIT * top_k
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, as_bits=as_bits, **self._options)
 
-    def collapse_streams(self, streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
+    def collapse_streams(self, streams, fn, base, scale, norm=None, *, iterations: int, eps: float, rms_eps: float):
         sizes: dict[str, Any] = {"iterations": iterations, "eps": eps, "rms_eps": rms_eps}
         kernel = functools.partial(collapse_tpu, **sizes, **self._options)
-        return differentiable(kernel, functools.partial(plain_collapse, **sizes), streams, fn, base, scale)
+        return differentiable(kernel, functools.partial(plain_collapse, **sizes), streams, fn, base, scale, norm)
 
     def expand_streams(self, out, streams, mixing) -> jax.Array:
         return differentiable(functools.partial(expand_tpu, **self._options), plain_expand, out, streams, mixing)

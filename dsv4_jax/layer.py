@@ -42,11 +42,11 @@ class DecoderLayer(nnx.Module):
         self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
     ) -> tuple[jax.Array, LayerCache]:
         """Streams [B, T, N, M] -> streams and the layer's cache after this step."""
-        x, mixing = self.attn_hc.collapse(streams)
-        out, cache = self.self_attn(self.input_layernorm(x), rope, cache, step)
+        x, mixing = self.attn_hc.collapse(streams, self.input_layernorm)
+        out, cache = self.self_attn(x, rope, cache, step)
         streams = self.attn_hc.expand(out, streams, mixing)
-        x, mixing = self.ffn_hc.collapse(streams)
-        out = self.mlp(self.post_attention_layernorm(x), step)
+        x, mixing = self.ffn_hc.collapse(streams, self.post_attention_layernorm)
+        out = self.mlp(x, step)
         return self.ffn_hc.expand(out, streams, mixing), cache
 
 

@@ -2,7 +2,8 @@
 
 XLA runs Sinkhorn's normalisations as some hundred programs of a few microseconds each, and copies the streams, whose
 second-last axis is a quarter of a tile, between layouts. Here a token is a row of N M channels. The mix is computed
-with tokens in lanes, [(2 + N) N, tokens], so that each of its elements is a vector that any other may divide.
+with tokens in lanes, [(2 + N) N, tokens], so that each of its elements is a vector that any other may divide. fn is
+one block: in a decode step XLA brings it to vector memory beforehand, and a block that lies there is not copied.
 """
 
 from __future__ import annotations
@@ -16,36 +17,58 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
-from pallas_kernels.fp8_matmul.tpu import split_fp32
 from pallas_kernels.hyper_connection.reference import check_shapes
 
 LANES, SUBLANES = 128, 8
-ROWS, MIN_ROWS = 128, 16  # tokens of a tile: at most, and a multiple of
-CHUNK = 512  # channels worked on at a time
+ROWS, MIN_ROWS = 128, 8  # tokens of a tile: at most, and a multiple of
+EXPAND_ROWS, GROUP = 32, 16  # tokens of a tile of `expand` at most, and of those worked on at a time
+CHUNK = 512  # channels of fn split at a time
+CHAINS = 4  # of sums that do not wait for each other
+UPPER = -(1 << 16)  # the bits of fp32 that bfloat16 has
 VMEM_SHARE, TILES_SHARE = 0.5, 0.35  # of the vector memory: what a kernel may plan with, and its tiles
 BY_CHANNELS = (((1,), (1,)), ((), ()))
 
 
 def _mix(x_ref, fn_ref, rms_eps: float) -> jax.Array:
-    """fp32 [(2 + N) N, tokens] of a tile [tokens, N M]: fn times all values, over their joint RMS."""
-    squares: Any = 0.0
-    for start in range(0, x_ref.shape[1], LANES):
-        squares += jnp.square(x_ref[:, start : start + LANES].astype(jnp.float32))
+    """fp32 [(2 + N) N, tokens] of a tile [tokens, N M]: fn times all values, over their joint RMS.
+
+    The tile goes through the matrix unit, where fn is held: so the three parts of fn make one product.
+    """
+    elements, channels = fn_ref.shape
     dot = functools.partial(jax.lax.dot_general, dimension_numbers=BY_CHANNELS, preferred_element_type=jnp.float32)
-    if x_ref.dtype == jnp.bfloat16:  # its products with three exact parts of fn are exact
-        parts = split_fp32(fn_ref[...])
-        mix = functools.reduce(jnp.add, [dot(parts[i], x_ref[...]) for i in range(3)])
-    else:
-        mix = dot(fn_ref[...], x_ref[...], precision=jax.lax.Precision.HIGHEST)
-    ones = jnp.ones((SUBLANES, LANES), jnp.float32)
-    mean = dot(ones, squares, precision=jax.lax.Precision.HIGHEST)[:1] / x_ref.shape[1]
-    return mix * jax.lax.rsqrt(mean + rms_eps)
+    mix: Any = 0.0
+    for start in range(0, channels, CHUNK):
+        part = slice(start, min(start + CHUNK, channels))
+        if x_ref.dtype == jnp.bfloat16:  # its products with exact parts of fn are exact
+            mix += dot(x_ref[:, part], _split(fn_ref[:, part]))
+        else:
+            mix += dot(x_ref[:, part], fn_ref[:, part], precision=jax.lax.Precision.HIGHEST)
+    mix = (mix * jax.lax.rsqrt(_mean_square(x_ref) + rms_eps)).T
+    return functools.reduce(jnp.add, [mix[i : i + elements] for i in range(0, len(mix), elements)])
 
 
-def _sinkhorn(comb: list[list[jax.Array]], iterations: int, eps: float) -> list[list[jax.Array]]:
+def _split(x: jax.Array) -> jax.Array:
+    """fp32 [rows, K] -> bfloat16 [3 rows, K]: three parts, each cut off after 8 bits, that add up to it exactly."""
+    cut = lambda x: jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & UPPER, jnp.float32)
+    high = cut(x)
+    middle = cut(x - high)
+    return jnp.concatenate([high, middle, x - high - middle]).astype(jnp.bfloat16)
+
+
+def _mean_square(x_ref) -> jax.Array:
+    """fp32 [tokens, 1] of a tile [tokens, K]."""
+    sums: list[Any] = [0.0] * CHAINS
+    for i, start in enumerate(range(0, x_ref.shape[1], LANES)):
+        sums[i % CHAINS] += jnp.square(x_ref[:, start : start + LANES].astype(jnp.float32))
+    return functools.reduce(jnp.add, sums).sum(-1, keepdims=True) / x_ref.shape[1]
+
+
+def _sinkhorn(comb: list[list[jax.Array]], iterations: int, eps: float, unroll: bool) -> list[list[jax.Array]]:
     """comb[j][k]: logits of one element for many tokens."""
     n = range(len(comb))
-    total = lambda xs: functools.reduce(jnp.add, xs)
+
+    def total(xs):  # as a tree, for what follows waits for it
+        return xs[0] if len(xs) == 1 else total(xs[: len(xs) // 2]) + total(xs[len(xs) // 2 :])
 
     def rows(c):
         return [[x * scale for x in row] for row in c for scale in [1 / (total(row) + eps)]]
@@ -56,12 +79,29 @@ def _sinkhorn(comb: list[list[jax.Array]], iterations: int, eps: float) -> list[
 
     peaks = [functools.reduce(jnp.maximum, row) for row in comb]
     powers = [[jnp.exp(x - peak) for x in row] for row, peak in zip(comb, peaks, strict=True)]
-    start = [[x / total(row) + eps for x in row] for row in powers]
-    return jax.lax.fori_loop(0, iterations - 1, lambda _, c: columns(rows(c)), columns(start))
+    start = columns([[x / total(row) + eps for x in row] for row in powers])
+    return jax.lax.fori_loop(0, iterations - 1, lambda _, c: columns(rows(c)), start, unroll=unroll)
 
 
-def _collapse_kernel(base_ref, scale_ref, x_ref, fn_ref, out_ref, weights_ref, mix_ref, *, n, iterations, eps, rms_eps):
+def _weigh(x_ref, pre: jax.Array, norm_ref, out_ref, rms_eps: float) -> None:
+    """out: the streams of a tile times pre [tokens, N], summed; then normed, if there is a norm."""
     rows, M = out_ref.shape
+    spread = lambda column: jnp.broadcast_to(column, (rows, LANES))  # once for all channels
+    weights = [spread(pre[:, j : j + 1]) for j in range(x_ref.shape[1] // M)]
+    for start in range(0, M, LANES):
+        terms = [w * x_ref[:, pl.ds(j * M + start, LANES)].astype(jnp.float32) for j, w in enumerate(weights)]
+        out_ref[:, start : start + LANES] = functools.reduce(jnp.add, terms).astype(out_ref.dtype)
+    if norm_ref is None:
+        return
+    root = spread(jax.lax.rsqrt(_mean_square(out_ref) + rms_eps))
+    for start in range(0, M, LANES):
+        part = slice(start, start + LANES)
+        out_ref[:, part] = (out_ref[:, part].astype(jnp.float32) * root * norm_ref[:, part]).astype(out_ref.dtype)
+
+
+def _collapse_kernel(base_ref, scale_ref, x_ref, fn_ref, *refs, n, iterations, eps, rms_eps, unroll):
+    *norm_refs, out_ref, weights_ref, mix_ref = refs
+    rows = out_ref.shape[0]
     mix_ref[:, :rows] = _mix(x_ref, fn_ref, rms_eps)
     # An element fills registers, all sublanes alike.
     value = lambda i, section: (
@@ -70,28 +110,37 @@ def _collapse_kernel(base_ref, scale_ref, x_ref, fn_ref, out_ref, weights_ref, m
     pre = [jax.nn.sigmoid(value(k, 0)) + eps for k in range(n)]
     post = [2 * jax.nn.sigmoid(value(n + k, 1)) for k in range(n)]
     comb = [[value((2 + j) * n + k, 2) for k in range(n)] for j in range(n)]
-    comb = _sinkhorn(comb, iterations, eps)
-    for i, element in enumerate([*pre, *post, *(x for row in comb for x in row)]):
+    for i, element in enumerate(pre):
         mix_ref[i : i + 1, :] = element[:1]
-    weights = mix_ref[...].T[:rows]  # [tokens, (2 + N) N]
-    weights_ref[...] = weights
-    for start in range(0, M, CHUNK):
-        width = min(CHUNK, M - start)
-        terms = [weights[:, j : j + 1] * x_ref[:, pl.ds(j * M + start, width)].astype(jnp.float32) for j in range(n)]
-        out_ref[:, pl.ds(start, width)] = functools.reduce(jnp.add, terms).astype(out_ref.dtype)
+    _weigh(x_ref, mix_ref[: max(n, SUBLANES)].T[:rows], norm_refs[0] if norm_refs else None, out_ref, rms_eps)
+    comb = _sinkhorn(comb, iterations, eps, unroll)
+    for i, element in enumerate([*post, *(x for row in comb for x in row)]):
+        mix_ref[n + i : n + i + 1, :] = element[:1]
+    weights_ref[...] = mix_ref[...].T[:rows]  # [tokens, (2 + N) N]
 
 
 def _expand_kernel(out_ref, x_ref, weights_ref, new_ref, *, n):
-    M, weights = out_ref.shape[1], weights_ref[...]
-    for start in range(0, M, CHUNK):
-        width = min(CHUNK, M - start)
-        out = out_ref[:, pl.ds(start, width)].astype(jnp.float32)
-        old = [x_ref[:, pl.ds(j * M + start, width)].astype(jnp.float32) for j in range(n)]
-        for k in range(n):
-            new = weights[:, n + k : n + k + 1] * out
-            for j in range(n):
-                new += weights[:, (2 + j) * n + k : (2 + j) * n + k + 1] * old[j]
-            new_ref[:, pl.ds(k * M + start, width)] = new.astype(new_ref.dtype)
+    tokens, M = out_ref.shape
+    rows = min(tokens, GROUP)
+
+    def group(start):
+        at = pl.ds(start, rows)
+        weights = weights_ref[at, :]
+        spread = lambda i: jnp.broadcast_to(weights[:, i : i + 1], (rows, LANES))  # once for all channels
+        post = [spread(n + k) for k in range(n)]
+        comb = [[spread((2 + j) * n + k) for k in range(n)] for j in range(n)]
+        for lane in range(0, M, LANES):
+            out = out_ref[at, lane : lane + LANES].astype(jnp.float32)
+            old = [x_ref[at, j * M + lane : j * M + lane + LANES].astype(jnp.float32) for j in range(n)]
+            for k in range(n):
+                new = post[k] * out
+                for j in range(n):
+                    new += comb[j][k] * old[j]
+                new_ref[at, k * M + lane : k * M + lane + LANES] = new.astype(new_ref.dtype)
+
+    if tokens == rows:
+        return group(0)
+    pl.loop(0, tokens // rows)(lambda i: group(pl.multiple_of(i * rows, rows)))
 
 
 def _tile(streams: jax.Array, chip: Chip) -> int:
@@ -102,6 +151,14 @@ def _tile(streams: jax.Array, chip: Chip) -> int:
     while rows > MIN_ROWS and rows * token_bytes > TILES_SHARE * chip.vmem_bytes:
         rows //= 2
     return min(rows, -(-B * T // MIN_ROWS) * MIN_ROWS)
+
+
+def _expand_tile(streams: jax.Array, chip: Chip) -> int:
+    """As `_tile`, but four tiles or more, where they are not too small: each is worked on as others come and go."""
+    rows = min(EXPAND_ROWS, _tile(streams, chip))
+    while rows > MIN_ROWS and 4 * rows > streams.shape[0] * streams.shape[1]:
+        rows //= 2
+    return -(-rows // MIN_ROWS) * MIN_ROWS
 
 
 def _params(chip: Chip) -> pltpu.CompilerParams:
@@ -119,6 +176,7 @@ def collapse_tpu(
     fn: jax.Array,
     base: jax.Array,
     scale: jax.Array,
+    norm: jax.Array | None = None,
     *,
     iterations: int,
     eps: float,
@@ -131,21 +189,23 @@ def collapse_tpu(
     Raises:
       ValueError: the shapes disagree, M is no multiple of 128, or `chip` is not a TPU.
     """
-    check_shapes(streams, fn, base, scale)
+    check_shapes(streams, fn, base, scale, norm)
     _check("collapse_tpu", streams, chip)
     B, T, n, M = streams.shape
     tokens, (elements, channels) = B * T, fn.shape
     rows = _tile(streams, chip)
+    sizes: dict[str, Any] = {"n": n, "iterations": iterations, "eps": eps, "rms_eps": rms_eps}
+    # Divisions wait for each other, and `_weigh` fits in between; a CPU's compiler takes long over them.
+    unroll = interpret is False
+    norms = [] if norm is None else [norm.reshape(1, M)]
+    block = lambda width: pl.BlockSpec((rows, width), lambda i: (i, 0))
+    whole = lambda x: pl.BlockSpec(x.shape, lambda i: (0, 0))
+    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     x, weights = pl.pallas_call(
-        functools.partial(_collapse_kernel, n=n, iterations=iterations, eps=eps, rms_eps=rms_eps),
+        functools.partial(_collapse_kernel, **sizes, unroll=unroll),
         grid=(pl.cdiv(tokens, rows),),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((rows, channels), lambda i: (i, 0)),
-            pl.BlockSpec((elements, channels), lambda i: (0, 0)),
-        ],
-        out_specs=[pl.BlockSpec((rows, M), lambda i: (i, 0)), pl.BlockSpec((rows, elements), lambda i: (i, 0))],
+        in_specs=[scalars, scalars, block(channels), *map(whole, [fn, *norms])],
+        out_specs=[block(M), block(elements)],
         out_shape=[
             jax.ShapeDtypeStruct((tokens, M), streams.dtype),
             jax.ShapeDtypeStruct((tokens, elements), jnp.float32),
@@ -154,7 +214,7 @@ def collapse_tpu(
         compiler_params=_params(chip),
         interpret=interpret,
         name="hyper_connection_collapse",
-    )(base, scale, streams.reshape(tokens, channels), fn)
+    )(base, scale, streams.reshape(tokens, channels), fn, *norms)
     return x.reshape(B, T, M), weights.reshape(B, T, elements)
 
 
@@ -172,7 +232,7 @@ def expand_tpu(
         raise ValueError(f"expand_tpu: out {out.shape} and weights {weights.shape} do not fit streams {streams.shape}")
     _check("expand_tpu", streams, chip)
     tokens, elements = B * T, weights.shape[2]
-    rows = _tile(streams, chip)
+    rows = _expand_tile(streams, chip)
     block = lambda width: pl.BlockSpec((rows, width), lambda i: (i, 0))
     new = pl.pallas_call(
         functools.partial(_expand_kernel, n=n),

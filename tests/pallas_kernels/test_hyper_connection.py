@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import aot
 from pallas_kernels.chips import TPUS, chip
 from pallas_kernels.hyper_connection import collapse, collapse_tpu, expand, expand_tpu
+from pallas_kernels.hyper_connection.reference import rms_norm
 
 STRICT = pltpu.InterpretParams()
 TOLERANCE = {jnp.bfloat16: 2**-8, jnp.float32: 1e-5}  # of the largest value: one rounding, or sums in another order
@@ -32,6 +35,7 @@ def near(got, want):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize(
     ("B", "T", "n", "M", "dtype"),
     [
@@ -41,8 +45,10 @@ def near(got, want):
         (2, 5, 4, 256, jnp.float32),
     ],
 )
-def test_equals_the_reference(B, T, n, M, dtype):
+def test_equals_the_reference(B, T, n, M, dtype, has_norm):
     streams, *mix = operands(B, T, n, M, dtype)
+    if has_norm:
+        mix.append(1 + mix[0][0, :M])
     want, want_weights = collapse(streams, *mix, **OPTIONS)
     run = lambda streams, mix: collapse_tpu(streams, *mix, **OPTIONS, chip=chip("v6e"), interpret=STRICT)
     x, weights = jax.block_until_ready(run(streams, mix))
@@ -55,12 +61,26 @@ def test_equals_the_reference(B, T, n, M, dtype):
     near(got, expand(out, streams, want_weights))
 
 
+@pytest.mark.interpreter
+def test_the_norm_is_of_the_rounded_input():
+    """Hardly an element is another, as a third would be if the sum were not rounded first."""
+    streams, *mix = operands(2, 9, 4, 384, jnp.bfloat16)
+    run = functools.partial(collapse_tpu, **OPTIONS, chip=chip("v6e"), interpret=STRICT)
+    norm = 1 + mix[0][1, :384]
+    x, weights = jax.block_until_ready(run(streams, *mix))
+    normed, same = jax.block_until_ready(run(streams, *mix, norm))
+    assert (normed == rms_norm(x, norm, OPTIONS["rms_eps"])).mean() > 0.99
+    np.testing.assert_array_equal(same, weights)
+
+
 def test_what_cannot_run_is_refused():
     streams, *mix = operands(1, 1, 4, 128, jnp.bfloat16)
     with pytest.raises(ValueError, match="collapse_tpu: no kernel of this kind for H200.*v5e, v5p, v6e, v7x"):
         collapse_tpu(streams, *mix, **OPTIONS, chip=chip("H200"))
     with pytest.raises(ValueError, match=r"need fn \(24, 512\), base \(24,\)"):
         collapse_tpu(streams, mix[0][:, 1:], *mix[1:], **OPTIONS, chip=chip("v6e"))
+    with pytest.raises(ValueError, match=r"need a norm of \(128,\); got \(4,\)"):
+        collapse_tpu(streams, *mix, jnp.ones(4), **OPTIONS, chip=chip("v6e"))
     with pytest.raises(ValueError, match="a multiple of 128 channels"):
         expand_tpu(jnp.zeros((1, 1, 8)), jnp.zeros((1, 1, 4, 8)), jnp.zeros((1, 1, 24)), chip=chip("v6e"))
     with pytest.raises(ValueError, match="do not fit streams"):
@@ -71,7 +91,7 @@ def make_case(target, B: int, T: int, M: int):
     """What lies between two sub-blocks, for `aot`: expand, then collapse."""
     array, f32 = jax.ShapeDtypeStruct, jnp.float32
     args = array((B, T, M), jnp.bfloat16), array((B, T, 4, M), jnp.bfloat16), array((B, T, 24), f32)
-    args += array((24, 4 * M), f32), array((24,), f32), array((3,), f32)
+    args += array((24, 4 * M), f32), array((24,), f32), array((3,), f32), array((M,), f32)
 
     def run(out, streams, weights, *mix):
         streams = expand_tpu(out, streams, weights, chip=target)
