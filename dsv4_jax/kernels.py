@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
 from dsv4_jax.gradients import differentiable
-from dsv4_jax.linear import linear, rms_norm
+from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Stack, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
@@ -226,7 +226,7 @@ class XlaKernels(Kernels):
 
     def collapse_streams(self, streams, fn, base, scale, norm=None, *, iterations: int, eps: float, rms_eps: float):
         x, *mixing = collapse(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps)
-        return x if norm is None else rms_norm(x, norm, rms_eps), tuple(mixing)
+        return x if norm is None else rms_norm(x, norm, eps=rms_eps), tuple(mixing)
 
     def expand_streams(self, out, streams, mixing) -> jax.Array:
         return expand(out, streams, *mixing)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.rms_norm.reference import rms_norm
+
 
 def collapse(
     streams: jax.Array,
@@ -43,15 +45,8 @@ def collapse(
         comb = comb / (comb.sum(-1, keepdims=True) + eps) if i else comb
         comb = comb / (comb.sum(-2, keepdims=True) + eps)
     x = jnp.einsum("BTN,BTNM->BTM", pre, streams.astype(jnp.float32), precision="highest").astype(streams.dtype)
-    x = x if norm is None else rms_norm(x, norm, rms_eps)
+    x = x if norm is None else rms_norm(x, norm, eps=rms_eps)
     return x, jnp.concatenate([pre, post, comb.reshape(*mix.shape[:2], -1)], axis=-1)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x [..., M] over its RMS, times the weight, in fp32, rounded once."""
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * weight).astype(x.dtype)
 
 
 def expand(out: jax.Array, streams: jax.Array, weights: jax.Array) -> jax.Array:
