@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pallas_kernels.chips import Chip
 
-SEARCHED = 4  # queries of decode that are searched together: their numbers stay in registers
+SEARCHED = 8  # queries of decode that are searched together, one to a row of a register
 DECODE_TOKENS = 8  # up to here a query's heads fill the rows of the matrix unit, and its scores whole registers
 
 
@@ -18,7 +18,7 @@ class Config:
     query_tile: queries whose scores stay in VMEM together; one row of decode takes all its queries.
     key_block: keys of one DMA, 1024 times a power of two.
     columns: keys of one product, a multiple of 128 that divides key_block (1024 in decode).
-    sequences: rows of decode that are searched together, a divisor of the batch; one in prefill.
+    sequences: rows of decode that are searched together, a divisor of the batch, of at most 8 queries in all.
     data_dependent: stop a search once its answer is known, and skip keys that no query of a tile may see; False makes
       every trip count a constant, the worst case, which is what a static profile can count.
     """
@@ -38,7 +38,7 @@ def default_config(tokens: int, entries: int, chip: Chip, batch: int = 1) -> Con
     padded = key_block * math.ceil(entries / key_block)
     fits = chip.vmem_bytes // 2 // (4 * padded)
     if decode:
-        most = max(1, min(fits, SEARCHED) // tokens)
+        most = SEARCHED // tokens
         together = max(n for n in range(1, min(most, max(batch // chip.cores, 1)) + 1) if batch % n == 0)
         return Config(tokens, key_block, 256, sequences=together)
     tile = 1 << (min(max(fits, 1), 128, tokens)).bit_length() - 1

@@ -141,6 +141,11 @@ def test_entries_nobody_sees_may_hold_anything(T):
     assert sets(got) == want and want[-1] == set()
 
 
+def test_most_of_a_long_pool_is_not_there_yet():
+    q, weights, keys, _ = draw(1, 30000, integers=False)
+    check((q, weights, keys, jnp.asarray([[700], [9000]])), 80)
+
+
 @pytest.mark.parametrize("T", [2, 16] if FULL else [2])
 def test_few_and_narrow_heads(T):
     q, weights, keys, visible = draw(T, 700)
@@ -175,6 +180,14 @@ def test_keys_in_4_bits(T, dtype, D):
     wide = dequantize_index_rows(rows, q.dtype)
     got = index_topk_tpu(q, weights, rows, visible, top_k=100, chip=V6E, interpret=STRICT)
     assert sets(got) == wanted(q, weights, wide, visible, top_k=100)
+
+
+@pytest.mark.parametrize("B", [8, 16])
+def test_eight_sequences_are_searched_together(B):
+    q, weights, keys, visible = draw(1, 1100, B=B, integers=False)
+    rows = quantize_index_rows(keys)
+    got = index_topk_tpu(q, weights, rows, visible, top_k=100, chip=V6E, interpret=STRICT)
+    assert sets(got) == wanted(q, weights, dequantize_index_rows(rows, q.dtype), visible, top_k=100)
 
 
 @pytest.mark.parametrize("T", [4, 30])
