@@ -76,7 +76,7 @@ class OnlyActivations(ExactNumerics):
     """Of the official rounding points only those in front of quantised weights."""
 
     name = "activations"
-    activations = OfficialNumerics.activations
+    rounds, activations = OfficialNumerics.rounds, OfficialNumerics.activations
 
 
 class OnlyKv(ExactNumerics):
