@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dsv4_jax.config import ModelConfig, Yarn
+from pallas_kernels.fp8_matmul.reference import turn
 
 
 class Constant(nnx.Variable):
@@ -116,11 +117,4 @@ def apply_rope(x: jax.Array, rotation: Rotation, *, inverse: bool = False) -> ja
     """
     if rotation.cos.dtype not in (jnp.float32, x.dtype) or rotation.sin.dtype != rotation.cos.dtype:
         raise TypeError(f"apply_rope: table is {rotation.cos.dtype}; give it in float32 or in x's {x.dtype}")
-    half = rotation.cos.shape[-1]
-    still, turning = x[..., : -2 * half], x[..., -2 * half :]
-    pairs = turning.astype(jnp.float32).reshape(*turning.shape[:-1], half, 2)
-    cos, sin = rotation.cos.astype(jnp.float32), rotation.sin.astype(jnp.float32)
-    sin = -sin if inverse else sin
-    a, b = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(turning.shape)
-    return jnp.concatenate([still, turned.astype(x.dtype)], axis=-1)
+    return turn(x, rotation.cos, -rotation.sin if inverse else rotation.sin)

@@ -18,12 +18,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, require
 from pallas_kernels.hyper_connection.reference import check_shapes
+from pallas_kernels.rms_norm.tpu import rms_factor
 
 LANES, SUBLANES = 128, 8
 ROWS, MIN_ROWS = 128, 8  # tokens of a tile: at most, and a multiple of
 EXPAND_ROWS, GROUP = 32, 16  # tokens of a tile of `expand` at most, and of those worked on at a time
 CHUNK = 512  # channels of fn split at a time
-CHAINS = 4  # of sums that do not wait for each other
 UPPER = -(1 << 16)  # the bits of fp32 that bfloat16 has
 VMEM_SHARE, TILES_SHARE = 0.5, 0.35  # of the vector memory: what a kernel may plan with, and its tiles
 BY_CHANNELS = (((1,), (1,)), ((), ()))
@@ -43,7 +43,7 @@ def _mix(x_ref, fn_ref, rms_eps: float) -> jax.Array:
             mix += dot(x_ref[:, part], _split(fn_ref[:, part]))
         else:
             mix += dot(x_ref[:, part], fn_ref[:, part], precision=jax.lax.Precision.HIGHEST)
-    mix = (mix * jax.lax.rsqrt(_mean_square(x_ref) + rms_eps)).T
+    mix = (mix * rms_factor(x_ref, rms_eps)).T
     return functools.reduce(jnp.add, [mix[i : i + elements] for i in range(0, len(mix), elements)])
 
 
@@ -53,14 +53,6 @@ def _split(x: jax.Array) -> jax.Array:
     high = cut(x)
     middle = cut(x - high)
     return jnp.concatenate([high, middle, x - high - middle]).astype(jnp.bfloat16)
-
-
-def _mean_square(x_ref) -> jax.Array:
-    """fp32 [tokens, 1] of a tile [tokens, K]."""
-    sums: list[Any] = [0.0] * CHAINS
-    for i, start in enumerate(range(0, x_ref.shape[1], LANES)):
-        sums[i % CHAINS] += jnp.square(x_ref[:, start : start + LANES].astype(jnp.float32))
-    return functools.reduce(jnp.add, sums).sum(-1, keepdims=True) / x_ref.shape[1]
 
 
 def _sinkhorn(comb: list[list[jax.Array]], iterations: int, eps: float, unroll: bool) -> list[list[jax.Array]]:
@@ -93,7 +85,7 @@ def _weigh(x_ref, pre: jax.Array, norm_ref, out_ref, rms_eps: float) -> None:
         out_ref[:, start : start + LANES] = functools.reduce(jnp.add, terms).astype(out_ref.dtype)
     if norm_ref is None:
         return
-    root = spread(jax.lax.rsqrt(_mean_square(out_ref) + rms_eps))
+    root = spread(rms_factor(out_ref, rms_eps))
     for start in range(0, M, LANES):
         part = slice(start, start + LANES)
         out_ref[:, part] = (out_ref[:, part].astype(jnp.float32) * root * norm_ref[:, part]).astype(out_ref.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,22 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chips import Chip, require
 
 LANES = 128
+CHAINS = 4  # of sums that do not wait for each other
 ROWS = 128  # of a tile, at most
 TILE_BYTES = 1 << 21  # of a tile in fp32, about
 
 
+def mean_square(x_ref) -> jax.Array:
+    """fp32 [rows, 1] of a tile [rows, D]."""
+    sums: list[Any] = [0.0] * CHAINS
+    for i, start in enumerate(range(0, x_ref.shape[1], LANES)):
+        sums[i % CHAINS] += jnp.square(x_ref[:, start : start + LANES].astype(jnp.float32))
+    return functools.reduce(jnp.add, sums).sum(-1, keepdims=True) / x_ref.shape[1]
+
+
 def rms_factor(x_ref, eps: float) -> jax.Array:
-    """[rows, 1]: one over the root mean square of each row of a tile [rows, D]."""
-    channels = x_ref.shape[1]
-    squares = [jnp.square(x_ref[:, i : i + LANES].astype(jnp.float32)) for i in range(0, channels, LANES)]
-    total = jnp.sum(functools.reduce(jnp.add, squares), axis=1, keepdims=True)
-    return jax.lax.rsqrt(total * (1 / channels) + eps)
+    """fp32 [rows, 1]: one over the root mean square of each row of a tile [rows, D]."""
+    return jax.lax.rsqrt(mean_square(x_ref) + eps)
 
 
 def _kernel(x_ref, weight_ref, out_ref, *, eps: float):
