@@ -24,8 +24,10 @@ from pallas_kernels.routing import (
     count_blocks,
 )
 
+FEW_TOKENS = 8  # up to which an expert that is read where it lies multiplies all of them
 FEW_PAIRS = 16  # of token and choice, up to which each is a product of its own, written out
-IN_PLACE = 4  # pairs up to which each product has a branch for every expert; compiling those takes its time
+IN_PLACE = 4  # pairs up to which each product has a branch for every expert, of
+BRANCHES = 16  # experts at most; compiling those takes its time
 MOST_SORTED = 32768  # pairs up to which a kernel's are sorted, beyond they are counted in chunks of as many:
 COUNTED = 128
 SLAB_ROWS = 4096  # up to which a slab holds all blocks
@@ -151,15 +153,40 @@ def block_rows(pairs: int, experts: int) -> int:
     return 1 if mean <= 1 else min(MAX_BLOCK_ROWS, 1 << math.ceil(math.log2(mean)))
 
 
-def of_expert(x: jax.Array, w: Weight, expert: jax.Array, product: Callable, in_place: bool) -> jax.Array:
-    """product(x, weight of one expert); `in_place`, one of a `Stack` is read where it lies, others are copied."""
+def taken_apart(w: Weight) -> list[Weight] | None:
+    """Each expert's weight, where each is an array of its own."""
     held: Any = w.data if isinstance(w, QuantizedArray) else w
     if not isinstance(held, Stack):
+        return None
+    return [dataclasses.replace(w, data=one) if isinstance(w, QuantizedArray) else one for one in held.each]
+
+
+def each_expert(
+    x, index, weights, gate_up: list[Weight], down: list[Weight], limit: float, numerics: Numerics
+) -> jax.Array:
+    """`expert_mlp` for few tokens and experts that lie apart: one that any token chose multiplies all of them.
+
+    A product of a few rows takes no longer than reading the weight, which cut out of an array would be copied first.
+    """
+    n, A = index.shape
+    hot = index[..., None] == jnp.arange(len(down))  # [n, A, E]
+    weight = jnp.where(hot, weights[..., None], 0).sum(1)  # [n, E]
+    nothing = lambda: jnp.zeros(x.shape, x.dtype)
+    out = []
+    for e, chosen in enumerate(hot.any((0, 1))):
+        run = lambda e=e: mlp(x, gate_up[e], down[e], limit, numerics, weights=weight[:, e, None])
+        out.append(jax.lax.cond(chosen, run, nothing))
+    picked = jnp.stack(out)[index, jnp.arange(n)[:, None]].astype(jnp.float32)  # [n, A, M]
+    again = (index[:, :, None] == index[:, None]) & jnp.tri(A, k=-1, dtype=bool)  # its weight is in the first one's
+    return jnp.where(again.any(-1)[..., None], 0, picked).sum(1)
+
+
+def of_expert(x: jax.Array, w: Weight, expert: jax.Array, product: Callable) -> jax.Array:
+    """product(x, weight of one expert): read where it lies if it is an array of its own, else copied."""
+    apart = taken_apart(w)
+    if apart is None:
         return product(x, w[expert])
-    marked = lambda one: dataclasses.replace(w, data=one) if isinstance(w, QuantizedArray) else one
-    if not in_place:
-        return product(x, marked(held.whole[expert]))
-    return jax.lax.switch(expert, [lambda x, one=one: product(x, marked(one)) for one in held.each], x)
+    return jax.lax.switch(expert, [functools.partial(product, w=one) for one in apart], x)
 
 
 def few_pairs(x, index, weights, gate_up: Weight, down: Weight, limit: float, numerics: Numerics) -> jax.Array:
@@ -168,11 +195,10 @@ def few_pairs(x, index, weights, gate_up: Weight, down: Weight, limit: float, nu
     A loop over pairs would cost more than the products, each a weight times one row.
     """
     pairs, choices = len(index), len(index) // len(x)
-    read = functools.partial(of_expert, in_place=pairs <= IN_PLACE)
     both = lambda x, w: linear(x, joined(w))
-    first = [read(x[p // choices][None], gate_up, index[p], both) for p in range(pairs)]
+    first = [of_expert(x[p // choices][None], gate_up, index[p], both) for p in range(pairs)]
     rows = hidden(jnp.concatenate(first), weights[:, None], limit, numerics, down)
-    return jnp.concatenate([read(rows[p][None], down, index[p], linear) for p in range(pairs)])
+    return jnp.concatenate([of_expert(rows[p][None], down, index[p], linear) for p in range(pairs)])
 
 
 def expert_mlp(
@@ -191,6 +217,10 @@ def expert_mlp(
     (n, A), experts = index.shape, down.shape[0]
     P, rows = n * A, block_rows(n * A, routed or experts)
     flat = index.reshape(P)
+    firsts, lasts = taken_apart(gate_up), taken_apart(down)
+    few = n <= FEW_TOKENS or P <= FEW_PAIRS
+    if firsts and lasts and few and not routed and (P > IN_PLACE or experts > BRANCHES):
+        return each_expert(x, index, weights, firsts, lasts, limit, numerics)
     if P <= FEW_PAIRS and not routed:
         out = few_pairs(x, flat, weights.reshape(P), gate_up, down, limit, numerics)
         return add_up(out, index, experts, routed)

@@ -13,7 +13,7 @@ from dsv4_jax.config import Quantization, WeightFormat
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Turned, Weight, dequantize, dequantize_halves
 from pallas_kernels.rms_norm import rms_norm
 
-FEW_ROWS = 2  # up to which a CPU reads a weight once a row sooner than it packs it for one product
+FEW_ROWS = 128  # up to which packing a weight for a product costs a CPU more than packing the rows
 
 
 class Buffer(nnx.Variable):
@@ -49,22 +49,27 @@ def linear(x: jax.Array, w: Weight, *, out_dtype=None) -> jax.Array:
 def matmul(x: jax.Array, w: jax.Array | Turned) -> jax.Array:
     """x [..., K], w [N, K] -> fp32 [..., N]; fp32 operands are multiplied in true fp32 on every platform."""
     rows = math.prod(x.shape[:-1])
-    if not 1 < rows <= FEW_ROWS:
+    if not 1 < rows <= FEW_ROWS or isinstance(w, Turned):
         return _matmul(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=_row_by_row, default=_matmul)
+    return jax.lax.platform_dependent(x, w, cpu=_weight_first, default=_matmul)
 
 
 def _matmul(x: jax.Array, w: jax.Array | Turned) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     w, axis = (w.data, 0) if isinstance(w, Turned) else (w, w.ndim - 1)
-    contract = (((x.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=jnp.float32)
+    return _product(x, w, x.ndim - 1, axis)
 
 
-def _row_by_row(x: jax.Array, w: jax.Array) -> jax.Array:
-    """As `_matmul`, one product a row: such products need no packing of the weight, the larger operand by far."""
+def _weight_first(x: jax.Array, w: jax.Array) -> jax.Array:
+    """As `_matmul`: the first operand is read where it lies, the second packed. Without a barrier XLA swaps them."""
     rows = x.reshape(-1, x.shape[-1])
-    return jnp.stack([_matmul(rows[i], w) for i in range(len(rows))]).reshape(*x.shape[:-1], -1)
+    columns = jax.lax.optimization_barrier(_product(w, rows, 1, 1))
+    return columns.T.reshape(*x.shape[:-1], -1)
+
+
+def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    contract = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, precision=precision, preferred_element_type=jnp.float32)
 
 
 class Norms(Protocol):

@@ -22,7 +22,7 @@ TURNED = (
 )
 GROUPED = "o_a_proj"  # one block a group of heads
 STACKED = (".experts.gate_up_proj", ".experts.down_proj")
-MOST_EXPERTS = 16  # of a layer: each is a branch of every product in every compiled program
+MOST_EXPERTS = 32  # of a layer: each is a branch in every compiled program
 
 
 class Structure:

@@ -14,7 +14,7 @@ from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.moe import Router
 from dsv4_jax.numerics import ExactNumerics
 from dsv4_jax.presets import PRESETS
-from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, dequantize
+from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Stack, dequantize
 from pallas_kernels.expert_matmul.reference import pick_rows
 from pallas_kernels.expert_rows import clamped_swiglu
 
@@ -183,6 +183,21 @@ def test_pairs_written_out_equal_the_loop(n, packed, monkeypatch):
     monkeypatch.setattr("dsv4_jax.experts.FEW_PAIRS", 0)
     want = expert_mlp(*args)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["plain", "formerly quantised"])
+@pytest.mark.parametrize(("n", "many"), [(1, 16), (1, 32), (2, 16), (8, 16)])
+def test_experts_that_lie_apart_equal_the_loop(n, many, marked):
+    """The pairs of one token by branches, more pairs or experts by a product of each expert and all tokens."""
+    rng = np.random.default_rng(n)
+    gate_up, down = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((many, 2, F, M), (many, M, F)))
+    x, index, weights = routed(n, rng, many)
+    index = index.at[0, 1].set(index[0, 0])  # a table of hashes may name an expert twice
+    apart = [Stack.of(w, np.asarray(w)) for w in (gate_up, down)]
+    apart = [QuantizedArray(w, None, (128, 128)) for w in apart] if marked else apart
+    got = jax.jit(lambda *args: expert_mlp(*args, 2.0, EXACT))(x, index, weights, *apart)
+    want = expert_mlp(x, index, weights, gate_up, down, 2.0, EXACT)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize(
