@@ -134,8 +134,11 @@ def same_bits(case: str, batch: int) -> dict:
 
 
 def quantised_over_model(path: str) -> dict:
-    """FP8 and FP4 weights split over `model` and `expert`: the tokens of one device."""
-    options = {"max_tokens": 96, "dtype": jnp.float32}
+    """FP8 and FP4 weights split over `model` and `expert`: the logits of one device.
+
+    Activations are not rounded: a sum in another order would now and then round to the neighbour in 8 bits.
+    """
+    options = {"max_tokens": 96, "dtype": jnp.float32, "numerics": "exact"}
     prompt = np.random.default_rng(2).integers(1, 100, (3, 20))
     one = checkpoints.load(path, **options)
     want = np.asarray(dsv4_jax.logits(one, prompt))
@@ -145,7 +148,7 @@ def quantised_over_model(path: str) -> dict:
     for mesh in meshes:
         got = dsv4_jax.logits(checkpoints.load(path, mesh=mesh, **options), prompt)
         worst.append(float(np.abs(np.asarray(got) - want).max()))
-    assert max(worst) < 5e-3, worst
+    assert max(worst) < 5e-5, worst
     return {"meshes": [dict(mesh.shape) for mesh in meshes], "errors": worst}
 
 
