@@ -22,6 +22,7 @@ from pallas_kernels.mask_bits import LANES, WORD
 
 QUERIES = 8  # searched together, one to a row of a register
 DIGIT = 4  # bits found in one step
+DEPTH = LANES  # rows of chunks that one product of `list_bits` sums over
 UNROLLED = 4  # words of candidates that are worked on together; up to here without a loop
 PLANE = (QUERIES, LANES)
 EVERY = -1  # a word of ones
@@ -173,43 +174,51 @@ def list_bits(queries: list[list[jax.Array]], slots: int) -> list[jax.Array]:
     come before it. D[l, r] is what the picks up to lane l of row r have over those up to lane l of the row before;
     summed over the rows that count for j, it is how many are picked up to lane l of the last, which holds j's entry.
     """
-    found = [_differences(words) for words in queries]  # each stage for all queries: one's products overlap the next
-    rows = [_starts(both) for _, both in found]
-    upto = [_upto(D, starts, slots) for (D, _), (starts, _) in zip(found, rows, strict=True)]
+    rows = WORD * len(queries[0])
+    each = max(1, DEPTH // rows)  # queries of one product
+    batches = [queries[i : i + each] for i in range(0, len(queries), each)]
+    found = [_differences(batch) for batch in batches]  # each stage for all queries: one's products overlap the next
+    counted = [_starts(picks, rows) for _, picks in found]
+    upto = [_upto(D, starts, rows, slots) for (D, _), (starts, _) in zip(found, counted, strict=True)]
     slot = jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1).astype(jnp.float32)
     listed = []
-    for counts, (_, total) in zip(upto, rows, strict=True):
-        lanes = jnp.sum((counts[:LANES] <= slot).astype(jnp.float32), axis=0, keepdims=True)
-        index = LANES * (counts[LANES : LANES + 1] - 1) + lanes
-        filled = slot < jnp.concatenate([total] * (slots // LANES), axis=1)
-        listed.append(jnp.where(filled, index.astype(jnp.int32), -1))
+    for several, (_, totals) in zip(upto, counted, strict=True):
+        for counts, total in zip(several, totals, strict=True):
+            lanes = jnp.sum((counts[:LANES] <= slot).astype(jnp.float32), axis=0, keepdims=True)
+            index = LANES * (counts[LANES : LANES + 1] - 1) + lanes
+            filled = slot < jnp.concatenate([total] * (slots // LANES), axis=1)
+            listed.append(jnp.where(filled, index.astype(jnp.int32), -1))
     return listed
 
 
-def _differences(words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """D of `list_bits` with eight rows of ones, bf16 [136, rows], and the picks beside those of the row before."""
-    picks = jnp.concatenate([spread_bits(word) for word in words], axis=0)
+def _differences(queries: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """D of `list_bits` with eight rows of ones, bf16 [136, rows of all queries], and the picks, bf16 [rows, 128]."""
+    picks = jnp.concatenate([spread_bits(word) for words in queries for word in words], axis=0)
     row, lane = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-    before = jnp.where(jax.lax.broadcasted_iota(jnp.int32, picks.shape, 0) == 0, 0, jnp.roll(picks, 1, 0))
+    first = jax.lax.broadcasted_iota(jnp.int32, picks.shape, 0) % (WORD * len(queries[0])) == 0
+    before = jnp.where(first, 0, jnp.roll(picks, 1, 0))
     both = as_bf16(jnp.concatenate([picks, before], axis=1))
     D = product(as_bf16(jnp.concatenate([lane <= row, lane > row], axis=1)), both, NT)
-    return as_bf16(jnp.concatenate([D, jnp.ones((QUERIES, D.shape[1]), jnp.float32)], axis=0)), both
+    return as_bf16(jnp.concatenate([D, jnp.ones((QUERIES, D.shape[1]), jnp.float32)], axis=0)), both[:, :LANES]
 
 
-def _starts(both: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many picks come before each row, fp32 [rows, 128], alike in all lanes; and how many there are, [1, 128]."""
-    rows = both.shape[0]
-    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (rows, rows), axis) for axis in (0, 1))
-    per_row = product(both[:, :LANES], jnp.ones((LANES, LANES), jnp.bfloat16))
-    starts = product(as_bf16(lane < row), as_bf16(per_row))
-    return starts, (starts + per_row)[-1:]
+def _starts(picks: jax.Array, rows: int) -> tuple[jax.Array, list[jax.Array]]:
+    """How many of a query's picks come before each row, fp32 [rows of all, 128], alike in all lanes; and how many each
+    query has, [1, 128]."""
+    every = picks.shape[0]
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (every, every), axis) for axis in (0, 1))
+    per_row = product(picks, jnp.ones((LANES, LANES), jnp.bfloat16))
+    starts = product(as_bf16((lane < row) & (lane // rows == row // rows)), as_bf16(per_row))
+    return starts, [(starts + per_row)[i + rows - 1 : i + rows] for i in range(0, every, rows)]
 
 
-def _upto(D: jax.Array, starts: jax.Array, slots: int) -> jax.Array:
-    """For each slot, picks up to each lane of its row, and below them its row's number plus one; fp32 [136, slots]."""
+def _upto(D: jax.Array, starts: jax.Array, rows: int, slots: int) -> list[jax.Array]:
+    """For each slot, a query's picks up to each lane of its row, and below them its row's number plus one; fp32
+    [136, slots] a query."""
     slot = jax.lax.broadcasted_iota(jnp.int32, (starts.shape[0], LANES), 1).astype(jnp.float32)
     counts = jnp.concatenate([as_bf16(starts <= slot + first) for first in range(0, slots, LANES)], axis=1)
-    return product(D, counts)
+    query = jax.lax.broadcasted_iota(jnp.int32, D.shape, 1) // rows
+    return [product(jnp.where(query == i, D, 0), counts) for i in range(starts.shape[0] // rows)]
 
 
 NN, NT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))

@@ -20,6 +20,7 @@ from pallas_kernels import aot
 from pallas_kernels.chips import TPUS, chip
 from pallas_kernels.index_rows import dequantize_index_rows, empty_index_rows, quantize_index_rows
 from pallas_kernels.index_topk import index_topk_tpu, indices_from_bits_tpu, pick_entries
+from pallas_kernels.index_topk.tpu_select import list_bits
 from pallas_kernels.index_topk.tuning import default_config
 from pallas_kernels.mask_bits import MaskBits, pack_mask, unpack_mask, words_for
 
@@ -240,6 +241,20 @@ def test_mask_bits_round_trip(size):
     for i in (0, size // 2, size - 1):  # the layout as documented
         word, bit = i // 4096 * 128 + i % 128, i // 128 % 32
         np.testing.assert_array_equal((words[..., word] >> bit & 1).astype(bool), mask[..., i])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+def test_lists_of_bits(groups):
+    """Several queries share a product; each list is that of its query alone."""
+    rng, slots, entries = np.random.default_rng(groups), 512, groups * 4096
+    picks = [rng.permutation(entries)[:n] for n in (512, 0, 1, 300)] + [np.arange(512), entries - 1 - np.arange(512)]
+    words = np.zeros((len(picks), groups, 1, 128), np.uint32)
+    for query, picked in enumerate(picks):
+        for i in picked:
+            words[query, i // 4096, 0, i % 128] |= np.uint32(1 << i // 128 % 32)
+    listed = list_bits([[jnp.asarray(word.view(np.int32)) for word in query] for query in words], slots)
+    for picked, found in zip(picks, listed, strict=True):
+        np.testing.assert_array_equal(found[0], np.pad(np.sort(picked), (0, slots - len(picked)), constant_values=-1))
 
 
 def make_case(target, T: int, N: int, top_k: int, held: str = "bf16", B: int = 4):
