@@ -34,6 +34,7 @@ LOWEST = -1e29  # least running maximum: above HIDDEN by so much that hidden row
 B11_SHIFT = int(math.log2(B11_FACTOR))
 ROW_ALIGN = 32  # rows of an 8-bit array that lie in one tile of memory
 AHEAD = 2  # pieces of work whose scores are computed early
+MAX_EXPONENT = 246  # of an e8m0 scale: the largest that no e4m3 code takes past what bfloat16 holds
 GATHER_BYTES = 256 << 20  # bound on the rows gathered for one chunk of queries
 
 
@@ -76,13 +77,34 @@ class Plan:
     def blocks(self) -> int:
         return math.ceil(self.entries / max(self.config.block, 1))
 
+    @property
+    def fetches_all(self) -> bool:
+        """A lone step of several blocks copies them all itself: its window needs no entries to have come."""
+        return self.blocks > 1 and self.steps == 1
 
-def _widen(leaves, dtype, native: bool):
-    """KV rows in `dtype` from the refs that hold them: one of values, or codes, scales and rotary channels."""
+    @property
+    def brought_leaves(self) -> int:
+        """Arrays of entries whose first block Pallas's pipeline brings."""
+        return 0 if self.fetches_all else self.entry_leaves
+
+
+def _finite(rows):
+    """0 in place of NaN and infinities."""
+    wide = rows.astype(jnp.float32)
+    return jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(rows.dtype)
+
+
+def _widen(leaves, dtype, native: bool, poisoned: bool = False):
+    """KV rows in `dtype` from the refs that hold them: one of values, or codes, scales and rotary channels.
+
+    poisoned: NaN, infinities and scales that no finite row has become zeros.
+    """
+    cleaned = _finite if poisoned else lambda rows: rows
     if len(leaves) == 1:
-        return leaves[0][...].astype(dtype)
+        return cleaned(leaves[0][...].astype(dtype))
     codes, scales, rope = (leaf[...] for leaf in leaves)
     exponent = scales.astype(jnp.int32)
+    exponent = jnp.where(exponent > MAX_EXPONENT, 0, exponent) if poisoned else exponent
     by_bits = not native and codes.shape[0] % ROW_ALIGN == 0  # a ring with room for drafts is no whole number of tiles
     exponent = jnp.minimum(exponent + B11_SHIFT, 255) if by_bits else exponent
     factor = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32).astype(jnp.bfloat16)
@@ -90,9 +112,10 @@ def _widen(leaves, dtype, native: bool):
     group = jax.lax.broadcasted_iota(jnp.int32, shape, 1) // GROUP == jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     # One factor per group of lanes: the matrix unit spreads powers of two exactly.
     spread = _product(factor, group.astype(jnp.bfloat16), transposed=False).astype(jnp.bfloat16)
-    wide = mxu_codes(codes, False) if by_bits else codes.astype(jnp.float32)
+    # The bits of e4m3fn's NaN are a number in the other form.
+    wide = mxu_codes(codes, False) if by_bits else cleaned(codes.astype(jnp.float32))
     wide = wide.astype(jnp.bfloat16) * spread
-    return jnp.concatenate([wide.astype(dtype), rope.astype(dtype)], axis=1)
+    return jnp.concatenate([wide.astype(dtype), cleaned(rope).astype(dtype)], axis=1)
 
 
 def _product(a, b, *, transposed: bool):
@@ -139,8 +162,9 @@ def _logits(q, rows, bias, nan: bool, plan: Plan):
 
 
 def _attend(plan: Plan, q_ref, sinks_ref, state, pools):
-    """Jobs, one per piece of a tile: a step of the running softmax over `pools` (KV rows [S, D], bias [tokens, S], may
-    hold NaN). A job is a generator: it yields None after its scores, then (query rows, (peak, total, output)).
+    """Jobs, one per piece of a tile: a step of the running softmax over `pools` (KV rows [S, D], bias [tokens, S],
+    scores may be NaN, None or whether there are rows at all). A job is a generator: it yields None after its scores,
+    then (query rows, (peak, total, output)).
 
     state: what the steps before left, or None.
     """
@@ -151,17 +175,18 @@ def _attend(plan: Plan, q_ref, sinks_ref, state, pools):
 
 def _attend_piece(plan: Plan, q_ref, sinks_ref, state, pools, token: int, count: int):
     here = pl.ds(token * plan.heads, plan.config.rows)
-    logits = [_logits(q_ref[here], rows, bias[token : token + count], nan, plan) for rows, bias, nan in pools]
+    logits = [_logits(q_ref[here], rows, bias[token : token + count], nan, plan) for rows, bias, nan, _ in pools]
     yield None
     sink = jnp.concatenate([sinks_ref[...] * LOG2E] * count, axis=0)
     before = jnp.maximum(sink, LOWEST) if state is None else state[0][here]
     peak = jnp.maximum(before, _row_max(sum(logits, [])))
     weights = [[jnp.exp2(x - peak[:, : x.shape[1]]) for x in part] for part in logits]
     total = _lane_sums(sum(weights, []))
-    out = sum(
-        _product(jnp.concatenate(w, axis=1).astype(rows.dtype), rows, transposed=False)
-        for w, (rows, _, _) in zip(weights, pools, strict=True)
-    )
+    parts = []
+    for w, (rows, _, _, filled) in zip(weights, pools, strict=True):
+        part = _product(jnp.concatenate(w, axis=1).astype(rows.dtype), rows, transposed=False)
+        parts.append(part if filled is None else jnp.where(filled, part, 0.0))
+    out = functools.reduce(jnp.add, parts)
     if state is None:
         total = total + _in_lane_0(jnp.exp2(sink - peak))
     else:
@@ -256,7 +281,7 @@ class _Refs:
             first=one(), bounds=one(), sinks=one(), q=one(),
             window=[take(plan.window_leaves) for _ in range(plan.window_parts)],
             window_positions=take(plan.window_parts),
-            entry=[take(plan.entry_leaves) for _ in range(plan.config.sequences)],
+            entry=[take(plan.brought_leaves) for _ in range(plan.config.sequences)],
             follow=one(streams), bits=one(plan.by_bits), pools=take(plan.entry_leaves if streams else 0),
             out=one(), lse=one(with_lse), state=take(3 if streams else 0), window_bias=one(plan.holds_bias),
             entry_bias=one(plan.holds_bias and plan.entries > 0), sems=one(streams),
@@ -269,11 +294,6 @@ def _kernel(*refs, plan: Plan, with_lse: bool):
     index = pl.program_id(0) * plan.steps + step
     r = _Refs.of(plan, with_lse, refs)
 
-    @pl.when(step == 0)
-    def _begin():
-        for buffer in r.buffers:
-            buffer[...] = jnp.zeros_like(buffer)  # what no copy has filled is multiplied by 0
-
     @pl.when(index < plan.total)
     def _step():
         sequences = range(plan.config.sequences)
@@ -281,11 +301,14 @@ def _kernel(*refs, plan: Plan, with_lse: bool):
         block = [r.first[s * plan.tiles + jax.lax.rem(index, plan.tiles)] for s in sequence]
         if plan.blocks > 1:
             copies = [_Copies(plan, r, g, s) for g, s in enumerate(sequence)]
-            after = [c.start_after(b, 0, _fixed(plan, 1)) for c, b in zip(copies, block, strict=True)]
+            if plan.fetches_all:
+                after = [c.start(r.follow[g, 0, 0], 0, _fixed(plan, 0)) for g, c in enumerate(copies)]
+            else:
+                after = [c.start_after(b, 0, _fixed(plan, 1)) for c, b in zip(copies, block, strict=True)]
         jobs = []
         for g in sequences:
             pools = _window_rows(plan, r, g)
-            if plan.entries:
+            if plan.brought_leaves:
                 pools.append(_entry_rows(plan, r, g, block[g], r.entry[g]))
             jobs += [(g, job) for job in _attend(plan, r.q.at[g], r.sinks, None, pools)]
         _interleave(jobs, functools.partial(_put if plan.blocks > 1 else _finish, r))
@@ -299,7 +322,7 @@ def _fixed(plan: Plan, i):
 
 
 def _stream(plan: Plan, r: _Refs, copies, block):
-    """Attend to the blocks after the first; sequences that have no more go along with nothing to see."""
+    """Attend to the blocks from `block` on; sequences that have no more go along with nothing to see."""
 
     trips = plan.config.trips
 
@@ -311,7 +334,7 @@ def _stream(plan: Plan, r: _Refs, copies, block):
             c.wait(b, slot)
         jobs = []
         for g in range(len(copies)):
-            pools = [_entry_rows(plan, r, g, block[g], [buffer.at[g, slot] for buffer in r.buffers])]
+            pools = [_entry_rows(plan, r, g, block[g], [buffer.at[g, slot] for buffer in r.buffers], True)]
             jobs += [(g, job) for job in _attend(plan, r.q.at[g], r.sinks, [ref.at[g] for ref in r.state], pools)]
         _interleave(jobs, functools.partial(_put, r))
         return *after, 1 - slot
@@ -320,7 +343,7 @@ def _stream(plan: Plan, r: _Refs, copies, block):
         any_left = lambda carry: functools.reduce(jnp.maximum, carry[:-1]) >= 0
         jax.lax.while_loop(any_left, functools.partial(attend, None), (*block, jnp.int32(0)))
     else:
-        jax.lax.fori_loop(1, trips, attend, (*block, jnp.int32(0)))
+        jax.lax.fori_loop(0 if plan.fetches_all else 1, trips, attend, (*block, jnp.int32(0)))
     everything = pl.ds(0, plan.config.tokens * plan.heads)
     for g in range(len(copies)):
         _finish(r, g, everything, [ref[g] for ref in r.state])
@@ -339,11 +362,14 @@ class _Copies:
         r, g = self.refs, self.g
         _copy(self.plan, r.pools, [buffer.at[g] for buffer in r.buffers], r.sems.at[g], self.sequence, block, slot, act)
 
+    def start(self, block, slot, wanted=None):
+        """Start to fetch `block` unless it is -1, or as `wanted` says; -> block."""
+        pl.when(block >= 0 if wanted is None else wanted)(lambda: self._act(block, slot, lambda copy: copy.start()))
+        return block
+
     def start_after(self, block, slot, wanted=None):
-        """Start to fetch the block that follows `block`, if there is one or as `wanted` says; -> its number or -1."""
-        after = jnp.where(block < 0, -1, self.refs.follow[self.g, 0, block + 1])
-        pl.when(after >= 0 if wanted is None else wanted)(lambda: self._act(after, slot, lambda copy: copy.start()))
-        return after
+        """`start` the block that follows `block`, -1 for none."""
+        return self.start(jnp.where(block < 0, -1, self.refs.follow[self.g, 0, block + 1]), slot, wanted)
 
     def wait(self, block, slot):
         wait = lambda: self._act(block, slot, lambda copy: copy.wait())
@@ -359,22 +385,20 @@ def _window_rows(plan: Plan, r: _Refs, g: int):
     positions = jnp.concatenate([ref[own] for ref in r.window_positions], axis=1)
     bias = _held(r.window_bias, g, _window_bias(positions, r.bounds[g, :, 0:1], plan.window_size))
     rows = [_widen([leaf.at[own] for leaf in leaves], r.q.dtype, plan.native) for leaves in r.window]
-    return [(jnp.concatenate(rows, axis=0), bias, False)]
+    return [(jnp.concatenate(rows, axis=0), bias, False, None)]
 
 
-def _entry_rows(plan: Plan, r: _Refs, g: int, block, leaves):
-    """What `_attend` takes for one block of entries; block -1 shows nothing."""
+def _entry_rows(plan: Plan, r: _Refs, g: int, block, leaves, copied: bool = False):
+    """What `_attend` takes for one block of entries; block -1 shows nothing; if copied, memory may hold anything."""
     rest, dtype = plan.entries % plan.config.block, r.q.dtype
     shown = _entry_bias(plan, jnp.maximum(block, 0), r.bounds.at[g], None if r.bits is None else r.bits.at[g])
     bias = _held(r.entry_bias, g, jnp.where(block < 0, HIDDEN, shown))
-    rows = _widen(leaves, dtype, plan.native)
-    if plan.poisoned:
-        wide = rows.astype(jnp.float32)
-        rows = jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(dtype)
-    elif rest and plan.blocks > 1:  # rows past the pool's end are whatever memory held
+    rows = _widen(leaves, dtype, plan.native, plan.poisoned)
+    if rest and plan.blocks > 1 and not plan.poisoned:  # rows past the pool's end are whatever memory held
         row = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         rows = jnp.where(row < plan.entries - block * plan.config.block, rows.astype(jnp.float32), 0.0).astype(dtype)
-    return rows, bias, plan.poisoned
+    unsure = copied and plan.config.sequences > 1  # alone, a sequence stops after its last block
+    return rows, bias, plan.poisoned or unsure, block >= 0 if unsure else None
 
 
 def _held(ref, g: int, bias):
@@ -559,7 +583,7 @@ def _run(q, positions, window, entries, picks, sinks, *, scale, chip, config, sh
         operands += [(leaf, specs.window(part, unit, leaf.shape[2], axis=1)) for leaf in window_leaves]
     operands += [(window_positions, specs.window(part, 1, unit, axis=2)) for part in range(parts)]
     for g in range(config.sequences):
-        operands += [(pool, specs.entry(g, pool.shape[2])) for pool in pools]
+        operands += [(pool, specs.entry(g, pool.shape[2])) for pool in pools[: plan.brought_leaves]]
     first = jnp.zeros((B * tiles,), jnp.int32)
     if plan.blocks > 1:
         follow = _follow(active)

@@ -9,6 +9,8 @@ from pallas_kernels.chips import Chip
 LANES = 128
 TARGET_ROWS = 1024  # query rows (tokens x heads) of one tile at prefill: enough to hide the reading of KV rows
 MAX_BLOCK = 512
+MAX_NARROW_BLOCK = 1024  # on v7x, for few query rows: its matrix units wait at the end of every turn of the loop
+NARROW_ROWS = 64  # query rows of a tile up to which registers suffice for such a block
 MAX_WHOLE_WINDOW = 2048  # rows; a longer window is read in blocks, and so must be in order
 PIECE_ROWS = 256  # query rows worked on at a time
 GATHER_CYCLES = 6  # of one row by XLA, which reads and writes it; from the compiler's schedule for v6e
@@ -34,10 +36,13 @@ class TpuConfig:
 
 def default_config(chip: Chip, B: int, T: int, H: int, N: int) -> TpuConfig:
     """For B sequences of T tokens of H heads (a multiple of 8) and a pool of N entries each (0: none)."""
-    block = N if N <= MAX_BLOCK else MAX_BLOCK
+    block = min(N, MAX_BLOCK)
     if T <= DECODE_TOKENS:
+        if chip.generation >= 7 and T * H <= NARROW_ROWS:
+            block = min(N, MAX_NARROW_BLOCK)
         most = min(TARGET_ROWS // (T * H), B // chip.cores)  # no core without a sequence
-        sequences = next(n for n in (4, 2, 1) if n == 1 or (B % n == 0 and n <= most))
+        choices = (8, 4, 2, 1) if N <= MAX_BLOCK else (4, 2, 1)
+        sequences = next(n for n in choices if n == 1 or (B % n == 0 and n <= most))
         return TpuConfig(sequences, T, block, _piece(T, H))
     tokens = max(8, min(LANES, 1 << (TARGET_ROWS // H).bit_length() - 1))
     return TpuConfig(1, tokens, block, _piece(tokens, H))

@@ -85,6 +85,8 @@ CASES = [
     (70, 64, "bits", {}),
     (3, 16, "bits", {"N": 4500, "B": 1}),  # two groups of words
     (1, 64, "window only", {}),
+    (1, 8, "first", {"N": 1700, "B": 4}),  # one step, which copies all blocks itself; some sequences end early
+    (1, 8, "few", {"N": 1100, "B": 8}),  # two steps, whose first blocks are brought
 ]
 MORE = [  # with DSV4_FULL_TESTS=1
     (2, 16, "first", {"N": 700, "fp8": True}),  # two sequences side by side
