@@ -25,7 +25,10 @@ TOGETHER = 8  # tokens whose sums overlap
 
 
 def _turn(normed: jax.Array, own: jax.Array, partner: jax.Array) -> jax.Array:
-    """128 channels of heads, [heads, 128], turned as `rotate_back` does; a 32-bit word holds two heads in 16 bits."""
+    """128 channels of heads, [heads, 128], turned as `rotate_back` does.
+
+    Its rolls in fp32 take a quarter longer for the whole kernel; a 32-bit word holds two heads in 16 bits.
+    """
     swap = lambda x: jnp.take_along_axis(x, jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) ^ 1, axis=1)
     if normed.dtype.itemsize == 2 and len(normed) % 2 == 0:
         other = pltpu.bitcast(swap(pltpu.bitcast(normed, jnp.int32)), normed.dtype)

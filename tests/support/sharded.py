@@ -136,18 +136,19 @@ def same_bits(case: str, batch: int) -> dict:
 def quantised_over_model(path: str) -> dict:
     """FP8 and FP4 weights split over `model` and `expert`: the logits of one device.
 
-    Activations are not rounded: a sum in another order would now and then round to the neighbour in 8 bits.
+    With official numerics for most tokens: a sum in another order now and then rounds to the neighbour in 8 bits.
     """
-    options = {"max_tokens": 96, "dtype": jnp.float32, "numerics": "exact"}
     prompt = np.random.default_rng(2).integers(1, 100, (3, 20))
-    one = checkpoints.load(path, **options)
-    want = np.asarray(dsv4_jax.logits(one, prompt))
-    meshes = [make_mesh(one.config, "latency"), make_mesh(one.config, "throughput")]
-    meshes.append(named_mesh({"expert": 2, "model": 2, "data": 2}, jax.devices()))
     worst = []
-    for mesh in meshes:
-        got = dsv4_jax.logits(checkpoints.load(path, mesh=mesh, **options), prompt)
-        worst.append(float(np.abs(np.asarray(got) - want).max()))
+    for numerics, over_tokens in (("exact", np.max), ("official", np.median)):
+        load = partial(checkpoints.load, path, max_tokens=96, dtype=jnp.float32, numerics=numerics)
+        one = load()
+        want = np.asarray(dsv4_jax.logits(one, prompt))
+        meshes = [make_mesh(one.config, "latency"), make_mesh(one.config, "throughput")]
+        meshes.append(named_mesh({"expert": 2, "model": 2, "data": 2}, jax.devices()))
+        for mesh in meshes:
+            error = np.abs(np.asarray(dsv4_jax.logits(load(mesh=mesh), prompt)) - want).max(-1)
+            worst.append(float(over_tokens(error)))
     assert max(worst) < 5e-5, worst
     return {"meshes": [dict(mesh.shape) for mesh in meshes], "errors": worst}
 
