@@ -190,7 +190,8 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
         return {"model": model, "slice": place, "error": str(error)}
     grow = lambda few, more: few + (config.num_hidden_layers - 3) / 2 * (more - few)
     whole = lambda counts: {part: grow(*(c[part] for c in counts)) for part in dict.fromkeys(PARTS.values())}
-    static = whole([own + Counter({REST: report["xla_cycles"]}) for own, report in zip(kernels, programs, strict=True)])
+    by_part = [sum_by_part(kernels, i, report["xla_cycles"]) for i, report in enumerate(programs)]
+    static = whole(by_part)
     least = whole([part_bytes(target, one, share) for one in arguments])
     parts = {
         part: {
@@ -205,6 +206,9 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
     sum_of = lambda name: sum(figures[name] for figures in parts.values())
     step_us, roofline = sum_of("estimate_us"), sum_of("roofline_us")
     found = {"model": model, "slice": place, "parts": parts, "step_us": step_us, "roofline_us": roofline}
+    found["kernels"] = [
+        {"name": one.name, "calls": grow(*one.calls), "us": 1e6 * one.cycles / target.clock_hz} for one in kernels
+    ]
     exchanged = 2 * (shards - 1) / shards * batch // shards * config.hidden_size * 3 * config.num_hidden_layers
     return found | {"ratio": step_us / roofline, "exchanged_bytes": exchanged}
 
@@ -217,8 +221,17 @@ def reports_of(cases: list[Case], target: Chip, timeout: float, **options) -> li
     return reports
 
 
-def kernel_cycles(target: Chip, arguments: list[dict[str, Any]], timeout: float) -> list[Counter[str]]:
-    """Static cycles of each part's kernels, for each of the programs, which differ in how often they call them."""
+@dataclass(frozen=True)
+class Profiled:
+    """A kernel at one shape: static cycles of a call, and how often each of the programs calls it."""
+
+    name: str
+    cycles: int
+    calls: tuple[int, ...]
+
+
+def kernel_cycles(target: Chip, arguments: list[dict[str, Any]], timeout: float) -> list[Profiled]:
+    """Every different kernel of the programs, which differ in how often they call them."""
     case = lambda given, kernel: Case(STEP, given, kernels_alone=True, kernel=kernel)
     profiled = lambda cases: reports_of(cases, target, timeout, profile=("cycles",))
     firsts = profiled([case(given, 0) for given in arguments])
@@ -227,10 +240,16 @@ def kernel_cycles(target: Chip, arguments: list[dict[str, Any]], timeout: float)
         raise RuntimeError(f"the programs call different kernels: {names}, {others}")
     rest = profiled([case(arguments[0], i) for i in range(1, len(names))])
     cycles = [cycles_of(name, report) for name, report in zip(names, [firsts[0], *rest], strict=True)]
-    found = [Counter[str]() for _ in arguments]
-    for own, report in zip(found, firsts, strict=True):
-        for (name, count), each in zip(report["calls"], cycles, strict=True):
-            own[next(part for start, part in PARTS.items() if name.startswith(start))] += count * each
+    calls = zip(*([count for _, count in report["calls"]] for report in firsts), strict=True)
+    return [Profiled(*one) for one in zip(names, cycles, calls, strict=True)]
+
+
+def sum_by_part(kernels: list[Profiled], program: int, xla_cycles: int) -> Counter[str]:
+    found = Counter({REST: xla_cycles})
+    for one in kernels:
+        found[next(part for start, part in PARTS.items() if one.name.startswith(start))] += (
+            one.calls[program] * one.cycles
+        )
     return found
 
 

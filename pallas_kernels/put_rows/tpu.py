@@ -1,7 +1,7 @@
 """TPU kernel: the few tiles that get a row are read, changed and written back.
 
 XLA's scatter into 8-bit rows wants another tiling than everything that reads them, so it would copy the whole array to
-that tiling and back for a single row.
+that tiling and back for a single row. Left alone, XLA would also bring the whole array to vector memory and back.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def put_rows_tpu(
             in_specs=[*map(row, fresh), *map(tile, old)],
             out_specs=list(map(tile, old)),
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in old],
+        out_shape=[pltpu.HBM(x.shape, x.dtype) for x in old],
         input_output_aliases={2 + len(old) + i: i for i in range(len(old))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="put_rows",
-    )(index, _blocks(index, S, size), *fresh, *old)
+    )(index, _blocks(index, S, size), *fresh, *[pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in old])
     return jax.tree.unflatten(structure, out)
 
 
