@@ -4,7 +4,9 @@ What one device does is compiled: its share of the sequences, and as many expert
 A model of three layers and one of five, an HCA and a CSA layer more, give what a pair of layers adds; the rest of the
 model is as many pairs. A part takes max(static cycles / clock, bytes / HBM bandwidth), as `kernels` says; loops whose
 length is up to data run to their end. Each different kernel is profiled by itself, for the profiler dies in whole
-programs; to what XLA does, its own estimates go. Not in it: the exchange between devices, whose bytes are given.
+programs, but with its operands where the whole program has them: most lie in vector memory, where XLA left them or has
+brought them beforehand. To what XLA does, its own estimates go. Not in it: the exchange between devices, whose bytes
+are given.
 """
 
 from __future__ import annotations
@@ -184,8 +186,8 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
     common = {"experts": held, "used": round(share * held), "rows": batch // shards, "context": context}
     arguments = [{"model": model, "layers": layers} | common for layers in RATIOS]
     try:
-        kernels = kernel_cycles(target, arguments, timeout)
         programs = reports_of([Case(STEP, one) for one in arguments], target, timeout)
+        kernels = kernel_cycles(target, arguments, programs[-1]["spaces"], timeout)
     except RuntimeError as error:
         return {"model": model, "slice": place, "error": str(error)}
     grow = lambda few, more: few + (config.num_hidden_layers - 3) / 2 * (more - few)
@@ -230,9 +232,11 @@ class Profiled:
     calls: tuple[int, ...]
 
 
-def kernel_cycles(target: Chip, arguments: list[dict[str, Any]], timeout: float) -> list[Profiled]:
-    """Every different kernel of the programs, which differ in how often they call them."""
-    case = lambda given, kernel: Case(STEP, given, kernels_alone=True, kernel=kernel)
+def kernel_cycles(
+    target: Chip, arguments: list[dict[str, Any]], spaces: dict[str, list[bool]], timeout: float
+) -> list[Profiled]:
+    """Every different kernel of the programs, which differ in how often they call them; operands lie as there."""
+    case = lambda given, kernel: Case(STEP, given, kernels_alone=True, kernel=kernel, spaces=spaces)
     profiled = lambda cases: reports_of(cases, target, timeout, profile=("cycles",))
     firsts = profiled([case(given, 0) for given in arguments])
     names, *others = ([name for name, _ in report["calls"]] for report in firsts)

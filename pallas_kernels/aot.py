@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import json
@@ -34,6 +33,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import Chip, chip
 
@@ -52,6 +52,9 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_MIN_LOG_LEVEL": "3",  # what ends the process; a profile that stops early writes gibibytes of lesser complaints
 }
+_HLO_DTYPES = {"float32": "f32", "bfloat16": "bf16", "float8_e4m3fn": "f8e4m3fn", "bool": "pred"} | {
+    f"{long}{bits}": f"{short}{bits}" for long, short in (("int", "s"), ("uint", "u")) for bits in (8, 16, 32)
+}
 PROFILE = ("cycles", "bundles")  # of a TPU program: simulated cycles, and the slots of its instructions
 
 
@@ -65,12 +68,14 @@ class Case:
 
     kernels_alone: compile a program that only calls the Pallas kernels of fn, with none of the operations around them.
     kernel: of its different kernels, only the one of this number, and that once.
+    spaces: with `kernels_alone`: what a report on all of fn says of where its kernels' operands and results lie.
     """
 
     target: str
     arguments: dict[str, Any] = field(default_factory=dict)
     kernels_alone: bool = False
     kernel: int | None = None
+    spaces: dict[str, list[bool]] = field(default_factory=dict)
 
 
 def available(platform: str) -> bool:
@@ -181,7 +186,7 @@ def _lower(fn, args, devices: list[jax.Device], platform: str) -> jax.stages.Low
         return jitted.trace(*jax.tree.map(place, tuple(args))).lower(lowering_platforms=(platform,))
 
 
-def _kernels_alone(fn, args, devices: list[jax.Device], kernel: int | None):
+def _kernels_alone(fn, args, devices: list[jax.Device], case: Case):
     """A function that calls Pallas kernels of fn(*args) on arguments of their own, those arguments, and `calls`."""
     mesh = jax.sharding.Mesh(np.array(devices), ("x",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -190,16 +195,56 @@ def _kernels_alone(fn, args, devices: list[jax.Device], kernel: int | None):
     for call in every:
         same[str(call.params), str([v.aval for v in call.invars])].append(call)
     different = list(same.values())
-    calls = every if kernel is None else different[kernel][:1]
+    calls = every if case.kernel is None else different[case.kernel][:1]
     shapes = [[jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in call.invars] for call in calls]
-    bound = [
-        jax.named_call(functools.partial(c.primitive.bind, **c.params), name=str(c.params.get("name"))) for c in calls
-    ]
+    bound = [_in_spaces(call, case.spaces) for call in calls]
     free = Format(Layout.AUTO)  # a kernel's operands lie as it wants them, with no copy before it
     run = jax.jit(
         lambda *args: [call(*a) for call, a in zip(bound, args, strict=True)], in_shardings=free, out_shardings=free
     )
     return run, shapes, [(str(group[0].params.get("name")), len(group)) for group in different]
+
+
+def _in_spaces(call, spaces: dict[str, list[bool]]):
+    """A function of a kernel's operands that has them, and its results, in vector memory where `spaces` says so."""
+    name, operands, results = str(call.params.get("name")), [v.aval for v in call.invars], call.params["out_avals"]
+    shape = lambda aval: f"{_HLO_DTYPES.get(aval.dtype.name, aval.dtype.name)}[{','.join(map(str, aval.shape))}]"
+    found = spaces.get(_signature(name, map(shape, operands)), [False] * (len(operands) + len(results)))
+    taken, given = found[: len(operands)], found[len(operands) :]
+    placed = [aval.update(memory_space=pltpu.VMEM) if v else aval for aval, v in zip(results, given, strict=True)]
+    params = call.params | {"out_avals": tuple(placed)}
+
+    def run(*args):
+        pin = pltpu.with_memory_space_constraint
+        return call.primitive.bind(
+            *(pin(x, pltpu.VMEM) if v else x for x, v in zip(args, taken, strict=True)), **params
+        )
+
+    return jax.named_call(run, name=name)
+
+
+def _signature(name: str, shapes: Iterable[str]) -> str:
+    return f"{name}({', '.join(shapes)})"
+
+
+def operand_spaces(text: str) -> dict[str, list[bool]]:
+    """{kernel and its operands' shapes: whether each operand, then each result, lies in vector memory}, by HLO.
+
+    Calls that look alike decide by majority.
+    """
+    types = dict(re.findall(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) [\w\-]+\(", text, re.MULTILINE))
+    call = re.compile(
+        r"^\s*(?:ROOT )?%([\w.\-]+?)(?:\.\d+)* = (.*?) custom-call\((.*?)\), custom_call_target=.tpu_custom_call.",
+        re.MULTILINE,
+    )
+    votes = collections.defaultdict(list)
+    for name, results, operands in call.findall(text):
+        given = [types[x] for x in re.findall(r"%([\w.\-]+)", operands)]
+        shapes = [re.match(r"\w+\[[\d,]*\]", x) for x in given]
+        if all(shapes):
+            places = [*given, *re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", results)]
+            votes[_signature(name, (x[0] for x in shapes if x))].append(["S(1)" in x for x in places])
+    return {name: [2 * sum(v) > len(v) for v in zip(*cast, strict=True)] for name, cast in votes.items()}
 
 
 def _pallas_calls(jaxpr):
@@ -241,6 +286,7 @@ def run_cases(
         kernels: {name: facts}. TPU with `profile`: static_cycles, static_s, vmem_bytes, vmem_spills and slots
           ({unit: (used, capacity)} of issue slots). GPU: registers, spill_bytes, stack_bytes, smem_bytes, threads.
         xla_cycles: TPU: the sum of XLA's own estimates for its fusions.
+        spaces: TPU: see `operand_spaces`; in a whole program XLA keeps much in vector memory, or brings it beforehand.
         calls: with `kernels_alone`: [name, how often it is called] of each different kernel.
         notes: what could not be measured, and why.
     Raises:
@@ -393,7 +439,7 @@ def _compile_case(case: Case, target: Chip, devices: list[jax.Device], dumps: Pa
     fn, args = load_target(case.target)(target, **case.arguments)
     report: dict[str, Any] = {}
     if case.kernels_alone:
-        fn, args, report["calls"] = _kernels_alone(fn, args, devices, case.kernel)
+        fn, args, report["calls"] = _kernels_alone(fn, args, devices, case)
     start = time.perf_counter()
     lowered = _lower(fn, args, devices, target.platform)
     lower_end = time.perf_counter()
@@ -407,7 +453,7 @@ def _compile_case(case: Case, target: Chip, devices: list[jax.Device], dumps: Pa
     report["custom_calls"] = dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text)))
     files = _texts(dumps, before)
     if target.platform == "tpu":
-        report["xla_cycles"] = _xla_cycles(text)
+        report["xla_cycles"], report["spaces"] = _xla_cycles(text), operand_spaces(text)
         report["kernels"] = tpu_kernels(files, target)
     else:
         report["kernels"] = gpu_kernels(files)
