@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-from importlib.metadata import version
 from pathlib import Path
 
-from packaging.version import Version
+from compile_flags import hurried_flags
 
-# Set before jax is imported. Machine code of tests is run a few times and compiled once, so the compiler may hurry; and
-# workers, commands and later runs share what was compiled.
-hurry = ["--xla_backend_optimization_level=0"]
-if Version(version("jaxlib")) < Version("0.11"):  # which has no other emitters any more, and refuses the flag
-    hurry.append("--xla_cpu_use_fusion_emitters=false")  # a quarter of the time to compile
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *hurry])
+# Set before jax is imported; workers, commands and later runs share what was compiled.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {hurried_flags()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 
 # Pallas interprets the threads of a kernel side by side, each in a worker of the CPU client, and they wait for others.
