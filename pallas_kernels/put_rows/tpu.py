@@ -56,33 +56,25 @@ def _long_kernel(index_ref, *refs, arrays: int, held: int):
             far, near = target.at[first + g, pl.ds(start, TILE)], tile.at[g]
             yield pltpu.make_async_copy(*((near, far) if out else (far, near)), sems.at[g, i])
 
-    def each(k: int, act):
-        for g in range(sequences):
-            index = index_ref[first + g, k]
-            start = pl.multiple_of(jax.lax.div(index, TILE) * TILE, TILE)
-            pl.when(index < held)(functools.partial(act, g, k, index, start))
-
-    def read(g, k, index, start):
-        for copy in copies(g, start, out=False):
-            copy.start()
-
-    def write(g, k, index, start):
-        for copy in copies(g, start, out=False):
-            copy.wait()
-        for row, tile in zip(fresh, tiles, strict=True):
-            wide = tile[g].astype(jnp.float32)
-            here = lax.broadcasted_iota(jnp.int32, wide.shape, 0) == index - start
-            tile[g] = jnp.where(here, row[g, pl.ds(k, 1)].astype(jnp.float32), wide).astype(tile.dtype)
-        for copy in copies(g, start, out=True):
-            copy.start()
-
-    def finish(g, k, index, start):
-        for copy in copies(g, start, out=True):
-            copy.wait()
-
     for k in range(index_ref.shape[1]):
-        for act in (read, write, finish):
-            each(k, act)
+        index = [index_ref[first + g, k] for g in range(sequences)]
+        # A row that is dropped changes nothing in the last tile.
+        start = [pl.multiple_of(jnp.minimum(i, held - 1) // TILE * TILE, TILE) for i in index]
+        for g in range(sequences):
+            for copy in copies(g, start[g], out=False):
+                copy.start()
+        for g in range(sequences):
+            for copy in copies(g, start[g], out=False):
+                copy.wait()
+            for row, tile in zip(fresh, tiles, strict=True):
+                wide = tile[g].astype(jnp.float32)
+                here = lax.broadcasted_iota(jnp.int32, wide.shape, 0) == index[g] - start[g]
+                tile[g] = jnp.where(here, row[g, pl.ds(k, 1)].astype(jnp.float32), wide).astype(tile.dtype)
+            for copy in copies(g, start[g], out=True):
+                copy.start()
+        for g in range(sequences):
+            for copy in copies(g, start[g], out=True):
+                copy.wait()
 
 
 def put_rows_tpu(
