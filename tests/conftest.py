@@ -6,10 +6,9 @@ import gc
 import os
 from pathlib import Path
 
-from compile_flags import hurried_flags
-
-# Set before jax is imported; workers, commands and later runs share what was compiled.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {hurried_flags()}"
+# Set before jax is imported. Machine code of tests is run a few times and compiled once, so the compiler may hurry; and
+# workers, commands and later runs share what was compiled.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "xla"))
 
 # Pallas interprets the threads of a kernel side by side, each in a worker of the CPU client, and they wait for others.
