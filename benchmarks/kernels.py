@@ -45,7 +45,6 @@ from pallas_kernels.index_topk import tuning as index_tuning
 from pallas_kernels.index_topk.gpu import index_topk_gpu
 from pallas_kernels.kv_rows import empty_rows
 from pallas_kernels.put_rows import put_rows_tpu
-from pallas_kernels.put_rows import tpu as put_tpu
 from pallas_kernels.rms_norm import rms_norm_tpu
 from pallas_kernels.round_index import encode_index_tpu, round_index_tpu
 from pallas_kernels.round_rows import round_rows_tpu
@@ -229,8 +228,6 @@ def expand(target: Chip, rows: int, M: int):
 
 
 def put_rows(target: Chip, B: int, N: int):
-    if target.platform == "tpu" and target.generation >= 7:
-        leave_out_copies(put_tpu)
     held, fresh = (jax.eval_shape(lambda n=n: empty_rows((B, n, HEAD_DIM), ROPE_DIM)) for n in (N, 1))
     return lambda *args: put_rows_tpu(*args, chip=target), (held, fresh, array(jnp.int32, B, 1))
 

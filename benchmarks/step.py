@@ -26,7 +26,6 @@ from jax.experimental.layout import Format, Layout
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.copies import leave_out_copies
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.kernels import TpuKernels
@@ -39,7 +38,6 @@ from pallas_kernels.chips import TPUS, Chip
 from pallas_kernels.expert_matmul.tpu import expert_matmul_tpu
 from pallas_kernels.index_topk import index_topk_tpu
 from pallas_kernels.index_topk import tuning as index_tuning
-from pallas_kernels.put_rows import tpu as put_tpu
 from pallas_kernels.sparse_mla import Indices
 from pallas_kernels.sparse_mla import tuning as mla_tuning
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
@@ -108,11 +106,7 @@ def config_of(model: str, layers: int, experts: int) -> ModelConfig:
 
 
 def step(target: Chip, model: str, layers: int, experts: int, used: int, rows: int, context: int):
-    """The decode step of one device, and its operands: what `run_cases` compiles.
-
-    The profiler fails on copies of narrow rows that a kernel starts itself, so those of `put_rows` count as nothing.
-    """
-    leave_out_copies(put_tpu)
+    """The decode step of one device, and its operands: what `run_cases` compiles."""
     kernels = CountedKernels(target, used=used)
     build = lambda: DeepseekV4(
         config_of(model, layers, experts), max_tokens=context, dtype=jnp.bfloat16, cache_dtype="fp8", kernels=kernels
