@@ -22,8 +22,8 @@ from dsv4_jax.schedule import AsyncSchedule
 class StreamStats(Stats):
     """`Stats` of a stream, and when its tokens came.
 
-    first_seconds: until the first token of each row was there. warm_tokens came after the first call of a step (or, on
-    a CPU, of a few), in warm_seconds: everything was compiled by then.
+    first_seconds: until the first token of each row was there. warm_tokens came after the first step, in
+    warm_seconds: everything was compiled by then.
     """
 
     first_seconds: float = 0.0

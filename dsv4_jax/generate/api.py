@@ -22,7 +22,8 @@ from dsv4_jax.generate.sampling import Greedy, Sampler, row_keys
 from dsv4_jax.generate.speculative import MAX_DRAFTS, Drafter, MtpDrafter
 from dsv4_jax.model import DeepseekV4
 
-CPU_STEPS = 4  # of `stream` in one call, on a CPU: there a call of 500 arrays takes the time of a fifth of a step
+# Of `stream` in one call, on a CPU: a call of 500 arrays takes 4 ms there, to read so many bytes a tenth of a second.
+CPU_STEPS, CPU_BYTES = 16, 4 << 30
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,10 @@ def _start(model, tokens, lengths, limit, sampler, keys, stop, *, shapes, drafte
 
 
 @_compiled(rows=("limit", "keys", "state"), out=lambda row: (row, P()), donate=("state",))
-def _steps(model, limit, sampler, keys, stop, state, *, steps, drafter, alone):
+def _steps(model, limit, sampler, keys, stop, turns, state, *, steps, drafter, alone):
     # What the host fetches while the next steps run must not be part of the donated state.
     keys, gather = jax.random.wrap_key_data(keys), model.parallel.gather_rows
-    state, new, done = decode.decode_steps(model, state, sampler, keys, stop, limit, steps, drafter, alone)
+    state, new, done = decode.decode_steps(model, state, sampler, keys, stop, limit, turns, steps, drafter, alone)
     return state, (gather(new), gather(done | False))
 
 
@@ -213,7 +214,7 @@ def stream(
 ) -> Iterator[StreamEvent]:
     """As `generate`, token by token over the same step; yields StreamEvents while the next steps run.
 
-    On a CPU they come CPU_STEPS steps at a time.
+    On a CPU they come `steps_a_call` steps at a time after the first.
     """
     request = Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
     return _events(model, request, max_new_tokens)
@@ -224,17 +225,27 @@ def _events(model: DeepseekV4, request: Request, limit: int) -> Iterator[StreamE
     state, begun = _start(*parts, *request.inputs, shapes=request.shapes, **request.how)
     first, done = (x[:rows] for x in jax.device_get(begun))
     yield StreamEvent(0, first, done)
-    steps = CPU_STEPS if on_one_cpu(parts[1]) else 1
-    call = lambda state: _steps(*parts, *request.inputs[2:], state, steps=steps, **request.how)
-    number, calls = 1, 0 if done.all() else -(-(limit - 1) // steps)
-    for new, ended in model.schedule.run(call, state, calls):
-        for i in range(steps):
+    steps = steps_a_call(parts[1])
+    # The first call is of one step, so that there is something to see.
+    sizes = [] if done.all() else [1, *[steps] * -(-(limit - 2) // steps)]
+    asked = iter(sizes)
+    call = lambda state: _steps(*parts, *request.inputs[2:], np.int32(next(asked)), state, steps=steps, **request.how)
+    number = 1
+    for turns, (new, ended) in zip(sizes, model.schedule.run(call, state, len(sizes)), strict=True):
+        for i in range(turns):
             for event in _one_by_one(new[:rows, i], done, ended[:rows, i], number):
                 yield event
                 number += 1
             done = ended[:rows, i]
             if done.all():
                 return
+
+
+def steps_a_call(leaves: list[jax.Array]) -> int:
+    """How many steps of a model `stream` asks for at once: on a CPU, what reads CPU_BYTES, 1 .. CPU_STEPS."""
+    if not on_one_cpu(leaves):
+        return 1
+    return max(1, min(CPU_STEPS, CPU_BYTES // sum(x.nbytes for x in leaves)))
 
 
 def _one_by_one(new: np.ndarray, before: np.ndarray, after: np.ndarray, number: int) -> Iterator[StreamEvent]:

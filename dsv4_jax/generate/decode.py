@@ -180,13 +180,13 @@ def decode_step(
 
 
 def decode_steps(
-    model: DeepseekV4, state: DecodeState, sampler: Sampler, keys, stop, limit, steps: int, drafter=None, alone=False
+    model: DeepseekV4, state: DecodeState, sampler, keys, stop, limit, turns, steps: int, drafter=None, alone=False
 ) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """`steps` of `decode_step`, fewer once every row has ended.
+    """`turns` of `decode_step` (int32 [], 1 .. `steps`), fewer once every row has ended.
 
     Returns:
       The state; the new tokens of each step int32 [B, steps, 1 + drafts], padded with -1; and whether a row had ended
-      after it, bool [B, steps].
+      after it, bool [B, steps]. Steps that were not run have no meaning.
     """
     run = lambda state: decode_step(model, state, sampler, keys, stop, limit, drafter, alone)
     if steps == 1:
@@ -197,7 +197,7 @@ def decode_steps(
     def body(carry):
         i, state, new, done, _ = carry
         state, some = run(state)
-        more = (i + 1 < steps) & is_unfinished(model, state)
+        more = (i + 1 < turns) & is_unfinished(model, state)
         return i + 1, state, new.at[:, i].set(some), done.at[:, i].set(state.done), more
 
     new, done = jnp.full((B, steps, width), -1, jnp.int32), jnp.ones((B, steps), bool)

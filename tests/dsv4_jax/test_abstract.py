@@ -124,7 +124,7 @@ def test_the_cache_is_donated(tiny, steps):
 
     state, sampler, keys, stop, limit = decode_inputs(tiny)
     keys = jax.eval_shape(jax.random.key_data, keys)
-    inputs = (*prepare.split(tiny), limit, sampler, keys, stop, state)
+    inputs = (*prepare.split(tiny), limit, sampler, keys, stop, np.int32(1), state)
     lowered = api._steps.lower(*inputs, steps=steps, drafter=None, alone=False)
     alias = lowered.compile().memory_analysis().alias_size_in_bytes
     cache_bytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.cache))

@@ -198,7 +198,7 @@ def start_decoding(model, tokens: np.ndarray, drafter, new: int, shapes: Shapes)
     padded = np.pad(tokens, ((0, 0), (0, shapes.prompt - tokens.shape[1]))).astype(np.int32)
     parts, how = prepare.split(model), {"drafter": drafter, "alone": False}
     state, _ = api._start(*parts, padded, length, *rest, shapes=shapes, **how)
-    return state, lambda state, run=api._steps: run(*parts, *rest, state, steps=1, **how)
+    return state, lambda state, run=api._steps: run(*parts, *rest, np.int32(1), state, steps=1, **how)
 
 
 @pytest.mark.slow
