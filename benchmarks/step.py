@@ -16,6 +16,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -229,8 +230,8 @@ def reports_of(cases: list[Case], target: Chip, timeout: float, **options) -> li
 class Profiled:
     """A kernel at one shape: static cycles of a call, and how often each of the programs calls it.
 
-    placed: with its operands where the programs have them; the profiler fails on some kernels so, and then they come
-      from HBM.
+    placed: with its operands where the programs have them; where that is too much at a time, or the profiler fails so,
+      they come from HBM.
     """
 
     name: str
@@ -243,22 +244,25 @@ def kernel_cycles(
     target: Chip, arguments: list[dict[str, Any]], spaces: dict[str, list[bool]], timeout: float
 ) -> list[Profiled]:
     """Every different kernel of the programs, which differ in how often they call them; operands lie as there."""
-    case = lambda given, kernel: Case(STEP, given, kernels_alone=True, kernel=kernel, spaces=spaces)
-    profiled = lambda cases: reports_of(cases, target, timeout, profile=("cycles",))
-    firsts = profiled([case(given, 0) for given in arguments])
+    case = lambda given, kernel, spaces: Case(STEP, given, kernels_alone=True, kernel=kernel, spaces=spaces)
+    firsts = reports_of([case(given, 0, {}) for given in arguments], target, timeout)
     names, *others = ([name for name, _ in report["calls"]] for report in firsts)
     if any(names != other for other in others):
         raise RuntimeError(f"the programs call different kernels: {names}, {others}")
-    reports = [firsts[0], *profiled([case(arguments[0], i) for i in range(1, len(names))])]
-    cycles = [cycles_of(name, report) for name, report in zip(names, reports, strict=True)]
-    failed = [i for i, found in enumerate(cycles) if not found]
-    again = profiled([dataclasses.replace(case(arguments[0], i), spaces={}) for i in failed])
-    for i, report in zip(failed, again, strict=True):
-        cycles[i] = cycles_of(names[i], report)
-        if not cycles[i]:
-            raise RuntimeError(f"the profiler gave no cycles for {names[i]}: {report.get('notes')}")
+
+    def profile(kernels: Sequence[int], spaces: dict[str, list[bool]]) -> dict[int, dict[str, Any]]:
+        cases = [case(arguments[0], i, spaces) for i in kernels]
+        return dict(zip(kernels, run_cases(cases, target.name, timeout=timeout, profile=("cycles",)), strict=True))
+
+    reports = profile(range(len(names)), spaces)
+    elsewhere = [i for i, report in reports.items() if not cycles_of(names[i], report)]
+    reports |= profile(elsewhere, {})
+    cycles = [cycles_of(name, reports[i]) for i, name in enumerate(names)]
+    for name, found, report in zip(names, cycles, reports.values(), strict=True):
+        if not found:
+            raise RuntimeError(f"no cycles for {name}: {report.get('error') or report.get('notes')}")
     calls = zip(*([count for _, count in report["calls"]] for report in firsts), strict=True)
-    placed = [i not in failed for i in range(len(names))]
+    placed = [i not in elsewhere for i in range(len(names))]
     return [Profiled(*one) for one in zip(names, cycles, placed, calls, strict=True)]
 
 
@@ -272,10 +276,9 @@ def sum_by_part(kernels: list[Profiled], program: int, xla_cycles: int) -> Count
 
 
 def cycles_of(name: str, report: dict[str, Any]) -> int:
-    """0 where the profiler stopped before it had any."""
-    found = [
-        facts.get("static_cycles", 0) for op, facts in report["kernels"].items() if re.match(rf"{name}[.\d]*$", op)
-    ]
+    """0 where the profiler stopped before it had any, or the kernel does not compile."""
+    kernels = report.get("kernels", {}).items()
+    found = [facts.get("static_cycles", 0) for op, facts in kernels if re.match(rf"{name}[.\d]*$", op)]
     return found[0] if len(found) == 1 else 0
 
 
