@@ -214,6 +214,7 @@ def measure(model: str, place: str, batch: int, context: int, timeout: float) ->
         {"name": one.name, "calls": grow(*one.calls), "us": 1e6 * one.cycles / target.clock_hz, "placed": one.placed}
         for one in kernels
     ]
+    found["without"] = sorted({one.name for one in kernels if not one.cycles})
     exchanged = 2 * (shards - 1) / shards * batch // shards * config.hidden_size * 3 * config.num_hidden_layers
     return found | {"ratio": step_us / roofline, "exchanged_bytes": exchanged}
 
@@ -230,6 +231,7 @@ def reports_of(cases: list[Case], target: Chip, timeout: float, **options) -> li
 class Profiled:
     """A kernel at one shape: static cycles of a call, and how often each of the programs calls it.
 
+    cycles: 0 where the profiler has none wherever operands lie; the step is then without them, and says so.
     placed: with its operands where the programs have them; where that is too much at a time, or the profiler fails so,
       they come from HBM.
     """
@@ -258,9 +260,9 @@ def kernel_cycles(
     elsewhere = [i for i, report in reports.items() if not cycles_of(names[i], report)]
     reports |= profile(elsewhere, {})
     cycles = [cycles_of(name, reports[i]) for i, name in enumerate(names)]
-    for name, found, report in zip(names, cycles, reports.values(), strict=True):
-        if not found:
-            raise RuntimeError(f"no cycles for {name}: {report.get('error') or report.get('notes')}")
+    for name, report in zip(names, reports.values(), strict=True):
+        if "error" in report:
+            raise RuntimeError(f"{name}: {report['error']}")
     calls = zip(*([count for _, count in report["calls"]] for report in firsts), strict=True)
     placed = [i not in elsewhere for i in range(len(names))]
     return [Profiled(*one) for one in zip(names, cycles, placed, calls, strict=True)]
@@ -296,4 +298,6 @@ def show(result: dict[str, Any], console: Console) -> None:
         late = "" if row["ratio"] <= WHOLE_TARGET else " MISSED"
         sums = "", f"{row['roofline_us']:.0f}", f"{row['step_us']:.0f}", f"{row['ratio']:.2f}{late}"
         table.add_row(row["model"], row["slice"], "all", *sums, end_section=True)
+        if row["without"]:
+            console.print(f"{row['model']} on {row['slice']}: no cycles for {', '.join(row['without'])}", markup=False)
     console.print(table)
