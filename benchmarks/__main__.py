@@ -20,6 +20,7 @@ from rich.console import Console
 BENCHMARKS = {
     "numerics": ("benchmarks.numerics", "what rounding activations and caches does to the golden models' logits"),
     "cpu": ("benchmarks.cpu_model", "prefill and decode on this CPU against transformers and the machine's floors"),
+    "quantised": ("benchmarks.quantised", "decode and memory in FP8 and FP4 beside float32, on this CPU"),
     "kernels": ("benchmarks.kernels", "estimated times of the TPU kernels beside the roofline; needs libtpu, no TPU"),
     "gpu": ("benchmarks.gpu", "the kernels on an NVIDIA GPU, right first, then fast, beside XLA's own path"),
     "demo": ("benchmarks.demo", "the bundled checkpoint on unseen text, against a 5-gram model; needs the extra train"),

@@ -214,7 +214,7 @@ def stream(
 ) -> Iterator[StreamEvent]:
     """As `generate`, token by token over the same step; yields StreamEvents while the next steps run.
 
-    On a CPU they come `steps_a_call` steps at a time after the first.
+    On a CPU they come in bursts of up to CPU_STEPS steps after the first, of fewer the larger the model.
     """
     request = Request.make(model, tokens, lengths, max_new_tokens, sampler, seed, stop_ids, drafts, deterministic)
     return _events(model, request, max_new_tokens)
