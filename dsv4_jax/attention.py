@@ -61,7 +61,7 @@ class Attention(nnx.Module, abc.ABC):
     def __call__(self, x: jax.Array, rope: RopeTable, cache: LayerCache, step: Step) -> tuple[jax.Array, LayerCache]:
         """x [B, T, M] -> [B, T, M] and the layer's cache after this step."""
         rotation, fork = rope(step.positions), self.schedule.fork
-        (latent, rows), *inputs = fork(lambda: self._latents(x), *self.inputs(x, step))
+        (latent, rows), *inputs = fork(lambda: self._latents(x), *self.inputs(x, cache, step))
         compress = self.compress(inputs, latent, rotation, rope, cache, step)
         query, kv, *compressed = fork(
             lambda: self._query(latent, rotation),
@@ -77,7 +77,7 @@ class Attention(nnx.Module, abc.ABC):
         return self.parallel.sum_model(out), dataclasses.replace(cache, window=ring)
 
     @abc.abstractmethod
-    def inputs(self, x: jax.Array, step: Step) -> Branches:
+    def inputs(self, x: jax.Array, cache: LayerCache, step: Step) -> Branches:
         """What compressor and indexer project of x [B, T, M], as branches that may run beside the main projections."""
 
     @abc.abstractmethod
@@ -126,7 +126,7 @@ class Attention(nnx.Module, abc.ABC):
 class WindowAttention(Attention):
     """Sliding window only (ratio 0)."""
 
-    def inputs(self, x, step):
+    def inputs(self, x, cache, step):
         return ()
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
@@ -152,7 +152,7 @@ class HcaAttention(Attention):
         super().__init__(config, spec, kernels, numerics, dtype, schedule, parallel)
         self.compressor = Compressor(config, spec, kernels, config.head_dim, dtype)
 
-    def inputs(self, x, step):
+    def inputs(self, x, cache, step):
         return (lambda: self.compressor.project(x, step),)
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
@@ -164,7 +164,7 @@ class HcaAttention(Attention):
 
 
 class CsaAttention(Attention):
-    """Compressed sparse attention: the indexer picks among overlapping entries."""
+    """Compressed sparse attention: the indexer picks among overlapping entries, where there are enough to pick from."""
 
     def __init__(
         self,
@@ -180,19 +180,22 @@ class CsaAttention(Attention):
         self.compressor = Compressor(config, spec, kernels, config.head_dim, dtype)
         self.indexer = Indexer(config, spec, kernels, numerics, dtype, parallel)
 
-    def inputs(self, x, step):
-        main, keys = self.compressor, self.indexer.compressor
-        return lambda: main.project(x, step), lambda: self.indexer.weigh(x), lambda: keys.project(x, step)
+    def inputs(self, x, cache, step):
+        main, keys = lambda: self.compressor.project(x, step), self.indexer.compressor
+        if cache.indexer is None:  # the cache holds no more entries than are picked
+            return (main,)
+        return main, lambda: self.indexer.weigh(x), lambda: keys.project(x, step)
 
     def compress(self, inputs, latent, rotation, rope, cache, step):
-        main, weights, keys = inputs
-        return (
-            lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step),
-            lambda: self.compressor(main, rope, cache.compressor, step, self._store),
-        )
+        main = lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._store)
+        if cache.indexer is None:
+            return (main,)
+        _, weights, keys = inputs
+        return lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step), main
 
     def gather(self, compressed, cache, step):
-        (picks, keys), main = compressed
+        *index, main = compressed
+        picks, keys = index[0] if index else (FirstN(visible_entries(step, self.ratio)), None)
         return main.entries, picks, dataclasses.replace(cache, compressor=main, indexer=keys)
 
 

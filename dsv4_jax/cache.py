@@ -76,7 +76,7 @@ class CompressorCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """window: ring [B, S, D] of K = V rows; the rest only where the layer has them."""
+    """window: ring [B, S, D] of K = V rows; the rest only where the layer has them, and the indexer has a choice."""
 
     window: Rows
     compressor: CompressorCache | None = None
@@ -137,7 +137,9 @@ def init_layer_cache(
         return LayerCache(window)
     held = (batch, max(max_tokens // spec.ratio, 1))
     main = compressor(form.empty_rows((*held, dim), rope_dim))
-    return LayerCache(window, main, compressor(form.empty_keys((*held, index_dim))) if spec.kind == CSA else None)
+    if spec.kind == HCA or held[1] <= config.index_topk:  # every entry is read: nobody asks for keys
+        return LayerCache(window, main)
+    return LayerCache(window, main, compressor(form.empty_keys((*held, index_dim))))
 
 
 @dataclass(frozen=True)
@@ -159,18 +161,19 @@ class CacheBytes:
 
 
 def cache_bytes(config: ModelConfig, form: CacheFormat, *, drafts: int = 0) -> CacheBytes:
-    """Bytes of one sequence's cache, from the shapes of `init_cache`; nothing is allocated."""
+    """Bytes of one sequence's cache that is long enough for an indexer's choice; nothing is allocated."""
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     windows, state = 0, 0
     per_token_of, layers = dict.fromkeys((SLIDING, CSA, HCA), 0.0), collections.Counter[str]()
     for spec in (*config.layers, *config.mtp_layers):
-        one = jax.eval_shape(functools.partial(init_layer_cache, config, spec, 1, spec.ratio, form, drafts=drafts))
+        tokens = spec.ratio * (config.index_topk + 1)
+        one = jax.eval_shape(functools.partial(init_layer_cache, config, spec, 1, tokens, form, drafts=drafts))
         compressors = [c for c in (one.compressor, one.indexer) if c is not None]
         windows += size(one.window)
         state += sum(size((c.kv, c.gate)) for c in compressors)
         layers[spec.kind] += 1
-        if compressors:  # one entry was asked for
-            per_token_of[spec.kind] = sum(size(c.entries) for c in compressors) / spec.ratio
+        if compressors:
+            per_token_of[spec.kind] = sum(size(c.entries) for c in compressors) / tokens
     return CacheBytes(windows, state, per_token_of, dict(layers))
 
 

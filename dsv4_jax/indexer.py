@@ -15,7 +15,7 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import RopeTable, Rotation
 from dsv4_jax.sharding import SINGLE, Parallel
 from pallas_kernels.index_rows import Fp4Rows
-from pallas_kernels.sparse_mla import FirstN, Picks
+from pallas_kernels.sparse_mla import Picks
 
 
 class Indexer(nnx.Module):
@@ -57,8 +57,6 @@ class Indexer(nnx.Module):
         """
         cache = self.compressor(projected, rope, cache, step, self._store)
         visible = visible_entries(step, self.ratio)
-        if cache.entries.shape[1] <= self.top_k:  # every visible entry is picked
-            return FirstN(visible), cache
         inputs = (latent, weights, rotation, visible)
         latent, weights, rotation, mine = jax.tree.map(self.parallel.split_sequence, inputs)
         latent = self.numerics.activations(latent, self.q_b_proj.get_value())

@@ -22,8 +22,8 @@ from dsv4_jax.generate.sampling import Greedy, Sampler, row_keys
 from dsv4_jax.generate.speculative import MAX_DRAFTS, Drafter, MtpDrafter
 from dsv4_jax.model import DeepseekV4
 
-# Of `stream` in one call, on a CPU: a call of 500 arrays takes 4 ms there, to read so many bytes a tenth of a second.
-CPU_STEPS, CPU_BYTES = 16, 4 << 30
+# Of `stream` in one call, on a CPU: a call of 500 arrays takes 4 ms there, to read so many bytes a fifth of a second.
+CPU_STEPS, CPU_BYTES = 16, 8 << 30
 
 
 @dataclass(frozen=True)
