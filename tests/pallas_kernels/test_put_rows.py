@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,33 @@ def test_every_dtype_that_is_held():
         index = jnp.array([[39, 0], [7, 40]], jnp.int32)
         got = put_rows_tpu(held, rows, index, chip=chip("v6e"), interpret=True)
         np.testing.assert_array_equal(got, put_rows(held, rows, index))
+
+
+@pytest.mark.parametrize("at", (0, 5, 31, 32, 40))
+def test_a_single_row(at):
+    rng = np.random.default_rng(at)
+    held, row = rng.normal(size=(1, 32, 8)), rng.normal(size=(1, 1, 8))
+    got = put_rows(jnp.asarray(held), jnp.asarray(row), jnp.array([[at]], jnp.int32))
+    if at < 32:  # else it is dropped
+        held[:, at] = row[:, 0]
+    np.testing.assert_array_equal(got, held.astype(got.dtype))
+
+
+def test_a_single_row_is_put_in_place_on_a_cpu():
+    """In a loop that reads what it writes XLA copied the whole array, up to four times a step."""
+
+    def loop(held, q):
+        def step(i, carry):
+            held = put_rows(carry[0], carry[1][:, :1], jnp.full((1, 1), i))
+            scores = jax.nn.softmax(jnp.einsum("bhd,bsd->bhs", carry[1], held))
+            return held, jnp.einsum("bhs,bsd->bhd", scores, held)
+
+        return jax.lax.fori_loop(0, 5, step, (held, q))
+
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 4096, 64), (1, 8, 64)))
+    compiled = jax.jit(loop, donate_argnums=(0, 1)).lower(*shapes).compile()
+    assert "scatter(" in compiled.as_text()
+    assert not re.search(r"f32\[1,4096,64\]\S* copy\(", compiled.as_text())
 
 
 def test_refused():
