@@ -56,13 +56,13 @@ def expert_hidden_tpu(
     column = [] if weight is None else [weight.reshape(-1, 1)]
     out = pl.pallas_call(
         functools.partial(_hidden_kernel, limit=limit, rounded=rounded),
-        grid=(pl.cdiv(len(held), rows), steps),
+        grid=(steps, pl.cdiv(len(held), rows)),
         in_specs=[
-            pl.BlockSpec((rows, width), lambda i, k: (i, k)),
-            pl.BlockSpec((rows, width), lambda i, k: (i, k + steps)),
-            *(pl.BlockSpec((rows, 1), lambda i, k: (i, 0)) for _ in column),
+            pl.BlockSpec((rows, width), lambda k, i: (i, k)),
+            pl.BlockSpec((rows, width), lambda k, i: (i, k + steps)),
+            *(pl.BlockSpec((rows, 1), lambda k, i: (i, 0)) for _ in column),
         ],
-        out_specs=pl.BlockSpec((rows, width), lambda i, k: (i, k)),
+        out_specs=pl.BlockSpec((rows, width), lambda k, i: (i, k)),
         out_shape=jax.ShapeDtypeStruct((len(held), F), both.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
