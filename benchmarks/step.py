@@ -29,6 +29,7 @@ from rich.table import Table
 
 from dsv4_jax.cache import LayerCache
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
+from dsv4_jax.experts import as_one
 from dsv4_jax.kernels import TpuKernels
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.plan import parse_topology
@@ -96,8 +97,9 @@ class CountedKernels(TpuKernels):
         return index_topk_tpu(q, weights, keys, visible, top_k=top_k, config=config, **self._options)
 
     def expert_product(self, x, row, expert, used, w):
-        used = min(self.used, len(expert))
-        return expert_matmul_tpu(x, expert, used, w.data, w.scale, row=row, packed=w.packed, **self._options)
+        used, stacks = min(self.used, len(expert)), w.shape[1] if len(w.shape) == 4 else 1
+        w, options = as_one(w), self._options | {"stacks": stacks}
+        return expert_matmul_tpu(x, expert, used, w.data, w.scale, row=row, packed=w.packed, **options)
 
 
 def config_of(model: str, layers: int, experts: int) -> ModelConfig:
@@ -106,12 +108,11 @@ def config_of(model: str, layers: int, experts: int) -> ModelConfig:
     return ModelConfig.from_dict(PRESETS[model] | ratios | {"n_routed_experts": experts})
 
 
-def step(target: Chip, model: str, layers: int, experts: int, used: int, rows: int, context: int):
+def step(target: Chip, model: str, layers: int, experts: int, used: int, rows: int, context: int, cache_dtype: str):
     """The decode step of one device, and its operands: what `run_cases` compiles."""
     kernels = CountedKernels(target, used=used)
-    build = lambda: DeepseekV4(
-        config_of(model, layers, experts), max_tokens=context, dtype=jnp.bfloat16, cache_dtype="fp8", kernels=kernels
-    )
+    held = {"dtype": jnp.bfloat16, "cache_dtype": cache_dtype}
+    build = lambda: DeepseekV4(config_of(model, layers, experts), max_tokens=context, kernels=kernels, **held)
     module = jax.eval_shape(build)
     cache = jax.eval_shape(lambda: module.init_cache(rows))
     ids = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
@@ -120,8 +121,8 @@ def step(target: Chip, model: str, layers: int, experts: int, used: int, rows: i
         streams, cache = module(ids, cache, jnp.ones((rows,), jnp.int32))
         return jnp.argmax(module.head(streams), -1), cache
 
-    free = Format(Layout.AUTO)  # as between the turns of `generate`'s loop
-    run = jax.jit(decode, donate_argnums=1, in_shardings=(None, free, None), out_shardings=(None, free))
+    free = Format(Layout.AUTO)  # as in `generate`'s loop, before which XLA has laid everything out
+    run = jax.jit(decode, donate_argnums=1, in_shardings=(free, free, None), out_shardings=(None, free))
     return run, (module, cache, ids)
 
 
@@ -167,6 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["flash"], choices=list(SLICES))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--cache-dtype", default="fp8", choices=["fp8", "bfloat16"])
     parser.add_argument("--timeout", type=float, default=900, help="seconds the compiler may take for one program")
     parser.add_argument("--at-once", type=int, default=1, help="compilers that run side by side")
 
@@ -175,17 +177,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     require_compiler("tpu")
     wanted = [(model, SLICES[model][name]) for model in args.models for name in args.chips if name in SLICES[model]]
     with ThreadPoolExecutor(args.at_once) as pool:
-        rows = list(pool.map(lambda one: measure(*one, args.batch, args.context, args.timeout), wanted))
-    return {"batch": args.batch, "context": args.context, "rows": rows}
+        rows = list(
+            pool.map(lambda one: measure(*one, args.batch, args.context, args.cache_dtype, args.timeout), wanted)
+        )
+    return {"batch": args.batch, "context": args.context, "cache_dtype": args.cache_dtype, "rows": rows}
 
 
-def measure(model: str, place: str, batch: int, context: int, timeout: float) -> dict[str, Any]:
+def measure(model: str, place: str, batch: int, context: int, cache_dtype: str, timeout: float) -> dict[str, Any]:
     """Microseconds of each part of a step, by the schedule and at least."""
     topology, config = parse_topology(place), ModelConfig.from_dict(PRESETS[model])
     target, shards = topology.chip, topology.devices
     share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
     held = config.n_routed_experts // shards
-    common = {"experts": held, "used": round(share * held), "rows": batch // shards, "context": context}
+    common = {"experts": held, "used": round(share * held), "rows": batch // shards}
+    common |= {"context": context, "cache_dtype": cache_dtype}
     arguments = [{"model": model, "layers": layers} | common for layers in RATIOS]
     try:
         programs = reports_of([Case(STEP, one) for one in arguments], target, timeout)
@@ -285,7 +290,8 @@ def cycles_of(name: str, report: dict[str, Any]) -> int:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    title = f"A decode step of {result['batch']} sequences of {result['context']:,} tokens; nothing was run"
+    held = f"{result['batch']} sequences of {result['context']:,} tokens, caches in {result['cache_dtype']}"
+    title = f"A decode step of {held}; nothing was run"
     table = Table("model", "slice", "part", "static us", "roofline us", "estimate us", "ratio", title=title)
     for row in result["rows"]:
         if "error" in row:

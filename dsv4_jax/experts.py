@@ -41,7 +41,8 @@ class BlockKernels(Protocol):
         self, x: jax.Array, row: jax.Array | None, expert: jax.Array, used: jax.Array, w: Weight
     ) -> jax.Array:
         """K blocks of R rows of x [n, in], all or those that `row` [K R] names, each times w [E, out, in] of its expert
-        [K] -> [K R, out] in x.dtype; blocks past the `used` ones may hold anything, for no token reads them."""
+        [K], or gate and up [E, 2, out / 2, in] -> [K R, out] in x.dtype; blocks past the `used` ones may hold anything,
+        for no token reads them."""
         ...
 
     def arrange_pairs(self, index, weights, *, experts: int, rows: int, multiple: int) -> ExpertRows:
@@ -92,6 +93,11 @@ def joined(gate_up: Weight) -> Weight:
     wide: Any = dequantize(gate_up, jnp.float32) if isinstance(gate_up, QuantizedArray) else gate_up
     flat: Any = wide.as_matrix() if isinstance(wide, Turned) else wide.reshape(*lead, 2 * rows, columns)
     return flat
+
+
+def as_one(w: Weight) -> Weight:
+    """An expert product's weights, [E, out, in] or gate and up, as [E, out, in]."""
+    return joined(w) if len(w.shape) == 4 else w
 
 
 Sorted = tuple[jax.Array, jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]
@@ -256,7 +262,7 @@ def multiply_blocks(x, row: jax.Array | None, expert: jax.Array, used: jax.Array
 
     Blocks past the `used` ones are zeros. One block's weight is expanded at a time, and again for a gradient.
     """
-    rows = pick_rows(x, row)
+    rows, w = pick_rows(x, row), as_one(w)
     product = jax.checkpoint(lambda block, e: linear(block, dequantize(w[e], rows.dtype)))
     out = jax.lax.map(lambda args: product(*args), (rows.reshape(len(expert), -1, rows.shape[-1]), expert))
     return jnp.where((jnp.arange(len(expert)) < used)[:, None, None], out, 0).reshape(len(rows), -1)
@@ -295,7 +301,7 @@ def expert_mlp_in_blocks(
     pairs = arrange(index, weights, experts=experts, rows=rows, multiple=slab)
 
     def run(expert: jax.Array, used: jax.Array, token: jax.Array, weight: jax.Array) -> jax.Array:
-        both = kernels.expert_product(x, token, expert, used, joined(gate_up))
+        both = kernels.expert_product(x, token, expert, used, gate_up)
         inner = kernels.expert_hidden(both, weight, limit, numerics, down)
         return kernels.expert_product(inner, None, expert, used, down)
 

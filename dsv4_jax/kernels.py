@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
+from dsv4_jax.experts import as_one, expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
 from dsv4_jax.gradients import differentiable
 from dsv4_jax.linear import linear
 from dsv4_jax.numerics import Numerics
@@ -391,10 +391,12 @@ class TpuKernels(XlaKernels):
         return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self, routed)
 
     def expert_product(self, x, row, expert, used, w: Weight) -> jax.Array:
-        def kernel(x, row, expert, used, w):
-            return expert_matmul_tpu(x, expert, used, w.data, w.scale, row=row, packed=w.packed, **self._options)
+        options = self._options | {"stacks": w.shape[1] if len(w.shape) == 4 else 1}
 
-        return differentiable(kernel, multiply_blocks, x, row, expert, used, w)
+        def kernel(x, row, expert, used, w):
+            return expert_matmul_tpu(x, expert, used, w.data, w.scale, row=row, packed=w.packed, **options)
+
+        return differentiable(kernel, multiply_blocks, x, row, expert, used, as_one(w))
 
     def route(self, scores, bias, *, top_k: int, factor: float) -> tuple[jax.Array, jax.Array]:
         kernel = functools.partial(route_tpu, top_k=top_k, factor=factor, **self._options)

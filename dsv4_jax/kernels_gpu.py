@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from dsv4_jax.experts import expert_mlp, expert_mlp_in_blocks, multiply_blocks
+from dsv4_jax.experts import as_one, expert_mlp, expert_mlp_in_blocks, multiply_blocks
 from dsv4_jax.gradients import differentiable
 from dsv4_jax.kernels import IndexKeys, XlaKernels, grouped_output, is_fp8, is_packed, wide_keys
 from dsv4_jax.linear import linear
@@ -95,7 +95,8 @@ class GpuKernels(XlaKernels):
         return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self, routed)
 
     def expert_product(self, x, row, expert, used, w: Weight) -> jax.Array:
-        if not isinstance(w, QuantizedArray):  # `joined` expanded what its blocks span
+        w = as_one(w)
+        if not isinstance(w, QuantizedArray):  # `as_one` expanded what its blocks span
             raise ValueError(
                 f"kernels='gpu': gate and up of {w.shape[1] // 2} rows do not end with a block of their scales; "
                 "choose kernels='xla'"

@@ -56,6 +56,7 @@ class Plan:
     native: bool  # the matrix unit takes e4m3fn codes
     native_fp4: bool  # and e2m1 codes
     out_dtype: Any
+    stacks: int = 1  # of columns, in which turned scales come
     held: bool = False  # all rows of x, [n, K], and of a tile of the result are in vector memory
     one_core: bool = True
 
@@ -66,8 +67,8 @@ class Plan:
 
     @property
     def turned(self) -> bool:
-        """Whether scales come as [groups, columns]: so a TPU lays out what has fewer than 128 groups to a row."""
-        return self.packed and self.K // GROUP < LANES
+        """Whether scales come as [stacks, groups, columns]: so a TPU lays out groups that do not fill registers."""
+        return self.packed and self.K // GROUP % LANES != 0
 
     @property
     def by_group(self) -> bool:
@@ -278,12 +279,12 @@ def _call(x, block_expert, blocks_used, w, scale, row=None, *, plan: Plan, chip:
 
     def turned_tile(*at):
         expert, n, _ = tile(*at)
-        return expert, 0, n
+        return expert, n // (plan.tiles // plan.stacks), 0, n % (plan.tiles // plan.stacks)
 
     if not plan.packed:
         scale_spec = pl.BlockSpec((1, 1, *scale.shape[2:]), lambda *at: (*tile(*at), 0))
     elif plan.turned:
-        scale_spec = pl.BlockSpec((1, scale.shape[1], columns), turned_tile)
+        scale_spec = pl.BlockSpec((1, None, scale.shape[2], columns), turned_tile)
     else:
         scale_spec = pl.BlockSpec((1, columns, scale.shape[2]), tile)
     visited = min(plan.blocks, w.shape[0])
@@ -342,6 +343,11 @@ def _pad_to(x: jax.Array, axis: int, unit: int) -> jax.Array:
     return jnp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)]) if short else x
 
 
+def _turn_scales(scale: jax.Array, plan: Plan) -> jax.Array:
+    """[E, N, groups] -> [E, stacks, groups, columns], which is how they lie already."""
+    return scale.reshape(len(scale), plan.stacks, -1, scale.shape[2]).swapaxes(2, 3) if plan.turned else scale
+
+
 def expert_matmul_tpu(
     x: jax.Array,
     block_expert: jax.Array,
@@ -352,6 +358,7 @@ def expert_matmul_tpu(
     row: jax.Array | None = None,
     packed: bool,
     chip: Chip,
+    stacks: int = 1,
     config: TpuConfig | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
@@ -363,6 +370,7 @@ def expert_matmul_tpu(
     Args:
       blocks_used: of known value, an int, it makes the grid a fixed one, which a static profile needs.
       row: as there; rows of a bfloat16 x are read where they lie if blocks have few.
+      stacks: of which w and scale were made by a reshape of [E, stacks, N / stacks, ..]; XLA laid out scales so.
       config: block sizes; `tuning.default_config` by default.
       interpret: run on CPU; `pltpu.InterpretParams()` checks memory accesses, too.
     Raises:
@@ -385,19 +393,20 @@ def expert_matmul_tpu(
     plan_rows, K = parts * count // blocks, -(-x.shape[1] // unit) * unit
     if config is None:
         exact = scale.dtype == jnp.uint8
-        config = default_config(chip, plan_rows, w.shape[1], K, packed=packed, exact_scales=exact)
+        config = default_config(chip, plan_rows, w.shape[1], K, packed=packed, exact_scales=exact, stacks=stacks)
     nbytes = HELD_BYTES * (x.shape[0] * K + count * config.columns)
-    plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, chip.has_fp8_mxu, chip.has_fp4_mxu, dtype)
+    stacks = 1 if N % (stacks * config.columns) else stacks
+    plan = Plan(config, plan_rows, blocks, w.shape[1], K, packed, chip.has_fp8_mxu, chip.has_fp4_mxu, dtype, stacks)
     if rows_held and plan.by_group and config.columns > LANES and nbytes <= HELD_SHARE * chip.vmem_bytes:
         plan = dataclasses.replace(plan, held=True, one_core=chip.cores == 1)
-        scale = scale.swapaxes(1, 2) if plan.turned else scale
+        scale = _turn_scales(scale, plan)
         call = functools.partial(_call, plan=plan, chip=chip, interpret=interpret)
         return call(_pad_to(x, 1, unit), block_expert, blocks_used, w, scale, row)[:, :N]
     x = x if row is None else pick_rows(x, row)
     x = (split_fp32(x) if parts > 1 else x[None]).reshape(parts, blocks, count // blocks, -1)
     x = _pad_to(jnp.moveaxis(x, 0, 1), 3, unit).reshape(blocks, plan_rows, K)
     if packed:
-        scale = scale.swapaxes(1, 2) if plan.turned else scale
+        scale = _turn_scales(scale, plan)
         x = x if plan.in_order else _even_odd(x)
         x = x if config.fold else x.astype(jnp.float32)
     else:

@@ -9,7 +9,7 @@ import pytest
 from golden_cases import GOLDEN
 
 from dsv4_jax.config import LayerSpec, ModelConfig
-from dsv4_jax.experts import MAX_BLOCK_ROWS, block_rows, expert_mlp, expert_mlp_in_blocks, slab_blocks
+from dsv4_jax.experts import MAX_BLOCK_ROWS, as_one, block_rows, expert_mlp, expert_mlp_in_blocks, slab_blocks
 from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.moe import Router
 from dsv4_jax.numerics import ExactNumerics
@@ -84,7 +84,7 @@ def in_blocks(*args):
 
 class PoisonKernels(XlaKernels):
     def expert_product(self, x, row, expert, used, w):
-        rows = pick_rows(x, row)
+        rows, w = pick_rows(x, row), as_one(w)
         values = dequantize(w, jnp.float32)[expert] if isinstance(w, QuantizedArray) else w[expert]
         out = jnp.einsum("brk,bnk->brn", rows.reshape(len(expert), -1, rows.shape[1]), values, precision="highest")
         return jnp.where(jnp.arange(len(expert))[:, None, None] < used, out, jnp.nan).reshape(len(rows), -1)

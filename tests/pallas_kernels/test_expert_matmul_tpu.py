@@ -50,6 +50,8 @@ CASES = {
     "float32": ("v6e", 2, [1, 0], 2, 128, 320, True, F32, U8, None),
     "many rows": ("v6e", 16, [0, 1, 1, 2], 3, 256, 512, True, BF16, U8, FOLD),
     "many rows, many groups": ("v5p", 24, [1, 0], 2, 128, 4352, True, BF16, U8, None),
+    "groups fill registers": ("v6e", 1, [1, 0], 2, 256, 4096, True, BF16, U8, None),
+    "many rows, groups fill registers": ("v5p", 24, [1, 0], 2, 128, 4096, True, BF16, U8, None),
     "many rows, float32": ("v7x", 8, [1, 0], 2, 128, 256, True, F32, U8, None),
     "FP8": ("v6e", 2, [1, 0, 2], 2, 256, 256, False, BF16, U8, None),
     "FP8, float32 scales, odd sizes": ("v7x", 40, [1, 0], 2, 200, 200, False, BF16, F32, None),
@@ -89,6 +91,17 @@ def test_rows_are_taken_from_where_they_lie(case):
     plain = expert_matmul(x, expert, used, *weights, row=row, packed=packed)[:reached].astype(F32)
     atol = TOLERANCE[x.dtype.type] * float(jnp.abs(plain).max())
     np.testing.assert_allclose(got[:reached].astype(F32), plain, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_stacked_weights_give_the_same(rows):
+    """Gate and up lie as two stacks, whose scales are turned each by itself; a stack has several tiles."""
+    args = operands(rows, [1, 0, 0], 3, 1024, 512, True, BF16)
+    config = TpuConfig(256, rows > 8)
+    run = lambda stacks: expert_matmul_tpu(
+        *args, packed=True, chip=chip("v6e"), stacks=stacks, config=config, interpret=STRICT
+    )
+    np.testing.assert_array_equal(*(jax.block_until_ready(run(stacks)).astype(F32) for stacks in (1, 2)))
 
 
 def test_rows_too_many_to_hold_are_read_block_by_block(monkeypatch):
@@ -134,9 +147,11 @@ def test_tiles_divide_the_weights():
     for target in TPUS:
         for rows in (1, 8, 16, 128):
             for N, K in ((4096, 4096), (4096, 2048), (6144, 7168), (7168, 3072), (128, 256)):
-                for packed in (False, True):
-                    config = default_config(chip(target), rows, N, K, packed=packed, exact_scales=True)
-                    assert N % config.columns == 0 and config.columns % 128 == 0
+                for packed, stacks in ((False, 1), (True, 1), (True, 2)):
+                    form = {"packed": packed, "exact_scales": True, "stacks": stacks}
+                    config = default_config(chip(target), rows, N, K, **form)
+                    part = N // stacks if N > 128 else N
+                    assert part % config.columns == 0 and config.columns % 128 == 0
 
 
 def test_gate_and_up_and_down_as_the_model_calls_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +48,20 @@ def output_projection(chip: Chip, rows: int, H: int, groups: int, D=512, O=1024,
     return run, [array(jnp.bfloat16, 1, rows, H, D), *tables, array(CODES, N, K), array(jnp.uint8, N // 128, K // 128)]
 
 
-def expert_matmul(chip: Chip, rows: int, blocks: int, E: int, N: int, K: int, packed=True, config=None, tokens=None):
+def expert_matmul(
+    chip: Chip, rows: int, blocks: int, E: int, N: int, K: int, packed=True, config=None, tokens=None, stacks=1
+):
     """`blocks` blocks of `rows` rows, or of rows of so many tokens, with FP4 or FP8 weights."""
     w, scale = array(CODES, E, N, K), array(jnp.uint8, E, N // 128, K // 128)
+    options: dict[str, Any] = {"packed": packed, "chip": chip, "config": config and ExpertConfig(*config)}
     if packed:
-        w, scale = array(jnp.uint8, E, N, K // 2), array(jnp.uint8, E, N, K // 32)
-    run = functools.partial(expert_matmul_tpu, packed=packed, chip=chip, config=config and ExpertConfig(*config))
+        w, scale = (array(jnp.uint8, E, stacks, N // stacks, K // per) for per in (2, 32))
+
+    def run(x, expert, used, w, scale, **rest):
+        if packed:
+            w, scale = (a.reshape(E, N, -1) for a in (w, scale))
+        return expert_matmul_tpu(x, expert, used, w, scale, stacks=stacks, **options, **rest)
+
     args = [array(jnp.bfloat16, tokens or rows * blocks, K), array(jnp.int32, blocks), array(jnp.int32), w, scale]
     if not tokens:
         return run, args
