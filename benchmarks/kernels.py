@@ -50,7 +50,7 @@ from pallas_kernels.round_index import encode_index_tpu, round_index_tpu
 from pallas_kernels.round_rows import round_rows_tpu
 from pallas_kernels.routing import arrange_pairs_tpu, route_tpu
 from pallas_kernels.sparse_mla import FirstN, Window
-from pallas_kernels.sparse_mla import tpu as mla_tpu
+from pallas_kernels.sparse_mla import tpu_kernel as mla_kernel
 from pallas_kernels.sparse_mla import tuning as mla_tuning
 from pallas_kernels.sparse_mla.gpu import sparse_mla_gpu
 from pallas_kernels.sparse_mla.tpu import sparse_mla_tpu
@@ -146,7 +146,7 @@ def sparse_mla(target: Chip, B: int, T: int, H: int, N: int):
     if target.platform == "cuda":
         return lambda *args: sparse_mla_gpu(*args, scale=HEAD_DIM**-0.5, chip=target), args
     if target.generation >= 7:
-        leave_out_copies(mla_tpu)
+        leave_out_copies(mla_kernel)
     config = mla_tuning.default_config(target, B, T, H, N)
     config = dataclasses.replace(config, trips=math.ceil(N / config.block))
     return lambda *args: sparse_mla_tpu(*args, scale=HEAD_DIM**-0.5, chip=target, config=config), args

@@ -17,6 +17,7 @@ from pallas_kernels.kv_rows import Fp8Rows, dequantize_rows, quantize_rows
 from pallas_kernels.mask_bits import pack_mask
 from pallas_kernels.sparse_mla import FirstN, Indices, Mask, Window, sparse_mla
 from pallas_kernels.sparse_mla import tpu as kernel
+from pallas_kernels.sparse_mla.tpu_attend import widen
 from pallas_kernels.sparse_mla.tuning import TpuConfig, default_config, gather_is_faster
 
 pytestmark = pytest.mark.interpreter
@@ -225,5 +226,5 @@ def test_a_gather_is_for_long_pools():
 @pytest.mark.parametrize("native", [False, True])
 def test_rows_widened_in_the_kernel_are_the_rows(native):
     rows = jax.tree.map(lambda x: x[0], inputs(1, 8, "first", fp8=True)[3])
-    wide = kernel._widen([rows.codes, rows.scales, rows.rope], jnp.float32, native)
+    wide = widen([rows.codes, rows.scales, rows.rope], jnp.float32, native)
     np.testing.assert_array_equal(wide, dequantize_rows(rows, jnp.float32))
