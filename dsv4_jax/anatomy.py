@@ -19,7 +19,7 @@ from dsv4_jax.hyper_connection import HyperConnection
 from dsv4_jax.kernels import XlaKernels
 from dsv4_jax.layer import DecoderLayer
 from dsv4_jax.model import DeepseekV4
-from dsv4_jax.rope import RopeTable
+from dsv4_jax.rope import Rotations
 from dsv4_jax.streams import split_mix, stream_mix
 from pallas_kernels.kv_rows import dequantize_rows
 from pallas_kernels.sparse_mla import FirstN, Indices, sparse_mla_xla
@@ -136,7 +136,7 @@ def _watch(hc: HyperConnection, seen: dict[str, Any], name: str) -> None:
 
 
 @jax.jit
-def _run_layer(layer: DecoderLayer, streams, rope: RopeTable, cache: LayerCache, step: Step):
+def _run_layer(layer: DecoderLayer, streams, rotations: Rotations, cache: LayerCache, step: Step):
     """`layer(...)`, and what was seen in it; `layer` is this trace's own copy, to be rewired at will."""
     recorder = _Recorder(layer.self_attn.ratio)
     layer.self_attn.kernels = recorder
@@ -145,7 +145,7 @@ def _run_layer(layer: DecoderLayer, streams, rope: RopeTable, cache: LayerCache,
     layer.mlp.experts.kernels = recorder
     _watch(layer.attn_hc, recorder.seen, "attn_hc")
     _watch(layer.ffn_hc, recorder.seen, "ffn_hc")
-    streams, _ = layer(streams, rope, cache, step)
+    streams, _ = layer(streams, rotations, cache, step)
     return streams, recorder.seen | {"streams": streams[0].astype(jnp.float32)}
 
 
@@ -168,8 +168,7 @@ def observe(model: DeepseekV4, tokens) -> list[LayerView]:
     views = []
     cache = model.init_cache(1, len(tokens))
     for layer, spec, state in zip(model.layers, model.config.layers, cache.layers, strict=True):
-        rope = model.rope_main if spec.kind == SLIDING else model.rope_compress
-        streams, seen = _run_layer(layer, streams, rope, state, step)
+        streams, seen = _run_layer(layer, streams, model.rotations(spec, step), state, step)
         seen = jax.device_get(seen)
         mixing: dict[str, Any] = {name: Mixing(*seen.pop(name)) for name in ("attn_hc", "ffn_hc")}
         views.append(LayerView(spec, **seen, **mixing))

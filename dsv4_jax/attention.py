@@ -21,7 +21,7 @@ from dsv4_jax.indexer import Indexer
 from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import RMSNorm, weight
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.rope import RopeTable, Rotation, apply_rope
+from dsv4_jax.rope import Rotation, Rotations
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 from dsv4_jax.sharding import SINGLE, Parallel
 from pallas_kernels.kv_rows import Fp8Rows
@@ -58,11 +58,13 @@ class Attention(nnx.Module, abc.ABC):
         self.o_a_proj = linear(config.o_groups * config.o_lora_rank, heads // config.o_groups * dim)
         self.o_b_proj = linear(config.hidden_size, config.o_groups * config.o_lora_rank)
 
-    def __call__(self, x: jax.Array, rope: RopeTable, cache: LayerCache, step: Step) -> tuple[jax.Array, LayerCache]:
+    def __call__(
+        self, x: jax.Array, rotations: Rotations, cache: LayerCache, step: Step
+    ) -> tuple[jax.Array, LayerCache]:
         """x [B, T, M] -> [B, T, M] and the layer's cache after this step."""
-        rotation, fork = rope(step.positions), self.schedule.fork
+        rotation, fork = rotations.tokens, self.schedule.fork
         (latent, rows), *inputs = fork(lambda: self._latents(x), *self.inputs(x, cache, step))
-        compress = self.compress(inputs, latent, rotation, rope, cache, step)
+        compress = self.compress(inputs, latent, rotations, cache, step)
         query, kv, *compressed = fork(
             lambda: self._query(latent, rotation),
             lambda: self._store(rows, self.kv_norm, rotation, cache.window),
@@ -82,7 +84,7 @@ class Attention(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def compress(
-        self, inputs: list, latent: jax.Array, rotation: Rotation, rope: RopeTable, cache: LayerCache, step: Step
+        self, inputs: list, latent: jax.Array, rotations: Rotations, cache: LayerCache, step: Step
     ) -> Branches:
         """Branches, to run beside the query path, that write the entries this step completes and pick among them."""
 
@@ -101,7 +103,7 @@ class Attention(nnx.Module, abc.ABC):
         """KV rows [B, T, D] as projected or pooled -> normed, rotated, rounded, in the form in which `held` is."""
         if isinstance(held, Fp8Rows):  # whose rounding is that of every numerics
             return self.kernels.store_rows(rows, norm.weight[...], rotation, norm.eps)
-        return as_stored(self.numerics.kv(apply_rope(norm(rows), rotation), self.rope_dim), held)
+        return as_stored(self.numerics.kv_rows(rows, norm, rotation), held)
 
     def _project(self, x: jax.Array, *weights: nnx.Param) -> tuple[jax.Array, ...]:
         """x times each weight; all are quantised alike, or none is."""
@@ -129,7 +131,7 @@ class WindowAttention(Attention):
     def inputs(self, x, cache, step):
         return ()
 
-    def compress(self, inputs, latent, rotation, rope, cache, step):
+    def compress(self, inputs, latent, rotations, cache, step):
         return ()
 
     def gather(self, compressed, cache, step):
@@ -155,8 +157,8 @@ class HcaAttention(Attention):
     def inputs(self, x, cache, step):
         return (lambda: self.compressor.project(x, step),)
 
-    def compress(self, inputs, latent, rotation, rope, cache, step):
-        return (lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._store),)
+    def compress(self, inputs, latent, rotations, cache, step):
+        return (lambda: self.compressor(inputs[0], rotations.entries, cache.compressor, step, self._store),)
 
     def gather(self, compressed, cache, step):
         picks = FirstN(visible_entries(step, self.ratio))
@@ -186,12 +188,14 @@ class CsaAttention(Attention):
             return (main,)
         return main, lambda: self.indexer.weigh(x), lambda: keys.project(x, step)
 
-    def compress(self, inputs, latent, rotation, rope, cache, step):
-        main = lambda: self.compressor(inputs[0], rope, cache.compressor, step, self._store)
+    def compress(self, inputs, latent, rotations, cache, step):
+        main = lambda: self.compressor(inputs[0], rotations.entries, cache.compressor, step, self._store)
         if cache.indexer is None:
             return (main,)
         _, weights, keys = inputs
-        return lambda: self.indexer(weights, keys, latent, rotation, rope, cache.indexer, step), main
+        return lambda: self.indexer(
+            weights, keys, latent, rotations.tokens, rotations.entries, cache.indexer, step
+        ), main
 
     def gather(self, compressed, cache, step):
         *index, main = compressed

@@ -14,7 +14,7 @@ from dsv4_jax.cache import CompressorCache, Step, StoredRows, read_rows, write_e
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import RMSNorm, matmul
-from dsv4_jax.rope import RopeTable, Rotation
+from dsv4_jax.rope import Rotation
 
 Projected = tuple[jax.Array, jax.Array]  # kv and gate (with its position bias) of this step's tokens
 # Entries [B, E, dim], their norm, their rotation, and the rows they will be put among -> the entries as those are held.
@@ -44,20 +44,18 @@ class Compressor(nnx.Module):
     def __call__(
         self,
         projected: Projected,
-        rope: RopeTable,
+        rotation: Rotation,
         cache: CompressorCache,
         step: Step,
         store: Store,
     ) -> CompressorCache:
         """What `project` gave -> the cache with these rows and every entry that they complete.
 
+        rotation: at the positions of `entry_index`.
         store: norms and rotates entries, in the form in which those before them are held.
         """
-        first, T = step.start // self.ratio, projected[0].shape[1]
-        index = first[:, None] + jnp.arange(math.ceil(T / self.ratio), dtype=jnp.int32)
+        T, index = projected[0].shape[1], entry_index(step, self.ratio)
         complete = (index + 1) * self.ratio <= step.end[:, None]
-        # Read out here, barred from moving: a table that goes into a branch is copied there, on TPU.
-        rotation = jax.lax.optimization_barrier(rope(index * self.ratio))
         finish = lambda pooled: store(pooled, self.kv_norm, rotation, cache.entries)
         kv, gate = write_ring((cache.kv, cache.gate), projected, step, self.kernels.put_rows)
         if self.kernels.pools_rings and self._holds_windows(kv.shape[1], T):
@@ -69,7 +67,7 @@ class Compressor(nnx.Module):
             fresh = jax.lax.cond(complete.any(), pool, lambda: blank)
         else:
             fresh = finish(self._pool(projected, index, cache, step))
-        entries = write_entries(cache.entries, fresh, first, complete, self.kernels.put_rows)
+        entries = write_entries(cache.entries, fresh, index[:, 0], complete, self.kernels.put_rows)
         return CompressorCache(kv, gate, entries)
 
     def _holds_windows(self, slots: int, T: int) -> bool:
@@ -94,6 +92,12 @@ class Compressor(nnx.Module):
         if not self.overlap:
             return read(0)
         return jnp.concatenate([read(-self.ratio)[..., : self.dim], read(0)[..., self.dim :]], axis=2)
+
+
+def entry_index(step: Step, ratio: int) -> jax.Array:
+    """int32 [B, ceil(T / ratio)]: the entries that T tokens may complete; entry i is at position i * ratio."""
+    count = math.ceil(step.tokens.shape[1] / ratio)
+    return (step.start // ratio)[:, None] + jnp.arange(count, dtype=jnp.int32)
 
 
 def visible_entries(step: Step, ratio: int) -> jax.Array:

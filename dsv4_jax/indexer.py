@@ -12,7 +12,7 @@ from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
 from dsv4_jax.linear import RMSNorm, linear, weight
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.rope import RopeTable, Rotation
+from dsv4_jax.rope import Rotation
 from dsv4_jax.sharding import SINGLE, Parallel
 from pallas_kernels.index_rows import Fp4Rows
 from pallas_kernels.sparse_mla import Picks
@@ -47,15 +47,16 @@ class Indexer(nnx.Module):
         projected: Projected,
         latent: jax.Array,
         rotation: Rotation,
-        rope: RopeTable,
+        of_entries: Rotation,
         cache: CompressorCache,
         step: Step,
     ) -> tuple[Picks, CompressorCache]:
         """What `weigh` and `compressor.project` gave, and the normed query latent [B, T, Q].
 
+        rotation, of_entries: of the queries, and of the keys that they complete.
         -> the entries each query picks, and the cache.
         """
-        cache = self.compressor(projected, rope, cache, step, self._store)
+        cache = self.compressor(projected, of_entries, cache, step, self._store)
         visible = visible_entries(step, self.ratio)
         inputs = (latent, weights, rotation, visible)
         latent, weights, rotation, mine = jax.tree.map(self.parallel.split_sequence, inputs)

@@ -35,7 +35,6 @@ from pallas_kernels.index_rows import Fp4Rows, dequantize_index_rows
 from pallas_kernels.index_topk import pick_entries_xla
 from pallas_kernels.index_topk.tpu import index_topk_tpu
 from pallas_kernels.index_topk.tuning import DECODE_TOKENS
-from pallas_kernels.kv_rows import Fp8Rows
 from pallas_kernels.mask_bits import LANES
 from pallas_kernels.put_rows import put_rows, put_rows_tpu
 from pallas_kernels.put_rows.tpu import MOST as MOST_PUT
@@ -105,7 +104,7 @@ class AttentionKernels(NormKernels):
         """See `pallas_kernels.sparse_mla.reference.sparse_mla`."""
 
     @abc.abstractmethod
-    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float) -> Fp8Rows:
+    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float, *, wide: bool = False):
         """KV rows [B, T, D], rotation [B, T, R / 2]; see `pallas_kernels.store_rows.reference.store_rows`."""
 
     @abc.abstractmethod
@@ -204,8 +203,8 @@ class XlaKernels(Kernels):
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
         return norm_heads(q, rotation.cos, rotation.sin, eps=eps)
 
-    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float) -> Fp8Rows:
-        return store_rows(rows, weight, rotation.cos, rotation.sin, eps=eps)
+    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float, *, wide: bool = False):
+        return store_rows(rows, weight, rotation.cos, rotation.sin, eps=eps, wide=wide)
 
     def output_projection(
         self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
@@ -324,12 +323,12 @@ class TpuKernels(XlaKernels):
             return plain(x, weight)
         return differentiable(functools.partial(rms_norm_tpu, eps=eps, **self._options), plain, x, weight)
 
-    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float) -> Fp8Rows:
-        plain = functools.partial(store_rows, eps=eps)
+    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float, *, wide: bool = False):
+        plain = functools.partial(store_rows, eps=eps, wide=wide)
         args = rows, weight, rotation.cos, rotation.sin
         if not is_whole(rows.shape[-1], 2 * rotation.cos.shape[-1]):  # of a model smaller than the published
             return plain(*args)
-        return differentiable(functools.partial(store_rows_tpu, eps=eps, **self._options), plain, *args)
+        return differentiable(functools.partial(store_rows_tpu, eps=eps, wide=wide, **self._options), plain, *args)
 
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
         plain = functools.partial(norm_heads, eps=eps)

@@ -13,7 +13,7 @@ from dsv4_jax.kernels import Kernels
 from dsv4_jax.linear import RMSNorm
 from dsv4_jax.moe import SparseMoe
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.rope import RopeTable
+from dsv4_jax.rope import Rotations
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 from dsv4_jax.sharding import SINGLE, Parallel
 
@@ -39,11 +39,11 @@ class DecoderLayer(nnx.Module):
         self.mlp = SparseMoe(config, spec, kernels, numerics, dtype, schedule, parallel)
 
     def __call__(
-        self, streams: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
+        self, streams: jax.Array, rotations: Rotations, cache: LayerCache, step: Step
     ) -> tuple[jax.Array, LayerCache]:
         """Streams [B, T, N, M] -> streams and the layer's cache after this step."""
         x, mixing = self.attn_hc.collapse(streams, self.input_layernorm)
-        out, cache = self.self_attn(x, rope, cache, step)
+        out, cache = self.self_attn(x, rotations, cache, step)
         streams = self.attn_hc.expand(out, streams, mixing)
         x, mixing = self.ffn_hc.collapse(streams, self.post_attention_layernorm)
         out = self.mlp(x, step)
@@ -51,6 +51,6 @@ class DecoderLayer(nnx.Module):
 
 
 @jax.jit
-def run_layer(layer: DecoderLayer, streams, rope: RopeTable, cache: LayerCache, step: Step):
+def run_layer(layer: DecoderLayer, streams, rotations: Rotations, cache: LayerCache, step: Step):
     """`layer(...)` under its own jit: a model of 43 layers traces each kind once."""
-    return layer(streams, rope, cache, step)
+    return layer(streams, rotations, cache, step)

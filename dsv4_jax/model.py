@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.cache import Cache, CacheFormat, LayerCache, Step, init_cache, init_layer_cache
-from dsv4_jax.config import SLIDING, ModelConfig
+from dsv4_jax.compressor import entry_index
+from dsv4_jax.config import SLIDING, LayerSpec, ModelConfig
 from dsv4_jax.hyper_connection import HyperHead
 from dsv4_jax.kernels import Kernels, resolve_kernels
 from dsv4_jax.layer import DecoderLayer, run_layer
@@ -15,13 +16,13 @@ from dsv4_jax.linear import RMSNorm, matmul
 from dsv4_jax.mtp import MtpLayer
 from dsv4_jax.numerics import Numerics, resolve_numerics
 from dsv4_jax.repeat import NO_RUN, kind_of, longest_run, loop
-from dsv4_jax.rope import RopeTable, rope_specs
+from dsv4_jax.rope import RopeTable, Rotations, rope_specs
 from dsv4_jax.schedule import AsyncSchedule
 from dsv4_jax.sharding import SINGLE, Parallel
 
 
 class DeepseekV4(nnx.Module):
-    """The whole model. It owns the two RoPE tables and hands each layer the one it rotates with.
+    """The whole model. It owns the two RoPE tables and hands each layer what it rotates with.
 
     Args:
       config: hyper-parameters.
@@ -91,11 +92,8 @@ class DeepseekV4(nnx.Module):
         step = Step(tokens, cache.length, count)
         streams = jnp.repeat(self.embed(tokens)[:, :, None], self.config.hc_mult, axis=2)
         states = list(cache.layers)
-
-        def apply(spec, layer, streams, state):
-            rope = self.rope_main if spec.kind == SLIDING else self.rope_compress
-            return run_layer(layer, streams, rope, state, step)
-
+        rotations = {spec.ratio: self.rotations(spec, step) for spec in self.config.layers}
+        apply = lambda spec, layer, streams, state: run_layer(layer, streams, rotations[spec.ratio], state, step)
         specs, layers = self.config.layers, list(self.layers)
         run = longest_run([kind_of(pair) for pair in zip(layers, states, strict=True)]) if in_loop else NO_RUN
         for i in range(len(layers)):
@@ -105,6 +103,14 @@ class DeepseekV4(nnx.Module):
             elif not run.first <= i < run.end:
                 streams, states[i] = apply(specs[i], layers[i], streams, states[i])
         return streams, Cache(tuple(states), step.end)
+
+    def rotations(self, spec: LayerSpec, step: Step) -> Rotations:
+        """What layers of a kind rotate with in a step: read from the tables once for all of them."""
+        if spec.kind == SLIDING:
+            return Rotations(self.rope_main(step.positions))
+        entries = self.rope_compress(entry_index(step, spec.ratio) * spec.ratio)
+        # Barred from moving: a table that goes into a branch is copied there, on TPU.
+        return Rotations(self.rope_compress(step.positions), jax.lax.optimization_barrier(entries))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, T] -> [B, T, M]."""
@@ -121,7 +127,9 @@ class DeepseekV4(nnx.Module):
 
     def draft(self, index: int, streams, tokens, cache: LayerCache, start, count) -> tuple[jax.Array, LayerCache]:
         """MTP layer `index` over streams [B, T, N, M] at positions start .. and the tokens [B, T] that follow each."""
-        return self.mtp[index](streams, self.embed(tokens), self.rope_main, cache, Step(tokens, start, count))
+        step = Step(tokens, start, count)
+        rotations = self.rotations(self.config.mtp_layers[index], step)
+        return self.mtp[index](streams, self.embed(tokens), rotations, cache, step)
 
     def draft_head(self, index: int, streams: jax.Array) -> jax.Array:
         """An MTP layer's streams -> fp32 logits [B, T, V], by its own collapse and norm and the shared LM head."""

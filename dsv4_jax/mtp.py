@@ -12,7 +12,7 @@ from dsv4_jax.kernels import Kernels
 from dsv4_jax.layer import DecoderLayer, run_layer
 from dsv4_jax.linear import RMSNorm, weight
 from dsv4_jax.numerics import Numerics
-from dsv4_jax.rope import RopeTable
+from dsv4_jax.rope import Rotations
 from dsv4_jax.schedule import IN_ORDER, AsyncSchedule
 from dsv4_jax.sharding import SINGLE, Parallel
 
@@ -41,7 +41,7 @@ class MtpLayer(nnx.Module):
         self.norm = RMSNorm(M, config.rms_norm_eps, kernels)
 
     def __call__(
-        self, streams: jax.Array, embedded: jax.Array, rope: RopeTable, cache: LayerCache, step: Step
+        self, streams: jax.Array, embedded: jax.Array, rotations: Rotations, cache: LayerCache, step: Step
     ) -> tuple[jax.Array, LayerCache]:
         """Main (or draft) streams [B, T, N, M] at position t and the embedding [B, T, M] of token t + 1.
 
@@ -53,4 +53,4 @@ class MtpLayer(nnx.Module):
             lambda: project(self.enorm(embedded), self.e_proj.get_value()),
             lane=3,
         )
-        return run_layer(self.block, token[:, :, None] + hidden, rope, cache, step)
+        return run_layer(self.block, token[:, :, None] + hidden, rotations, cache, step)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.config import ModelConfig
+from dsv4_jax.linear import RMSNorm
 from dsv4_jax.quantized import QuantizedArray, Weight
 from dsv4_jax.rope import Rotation, apply_rope
 from pallas_kernels.index_rows import Fp4Rows, quantize_index_rows
@@ -26,6 +27,10 @@ KV_GROUP = 64  # channels of a KV row that share a scale; its rotary channels ar
 
 class Rounds(Protocol):
     """What a platform may do faster."""
+
+    def store_rows(self, rows: jax.Array, weight: jax.Array, rotation: Rotation, eps: float, *, wide: bool) -> Any:
+        """See `pallas_kernels.store_rows.reference.store_rows`."""
+        ...
 
     def round_rows(self, x: jax.Array) -> jax.Array:
         """See `pallas_kernels.round_rows.reference.round_rows`."""
@@ -70,6 +75,10 @@ class Numerics(abc.ABC):
     @abc.abstractmethod
     def kv(self, rows: jax.Array, rope_dim: int) -> jax.Array:
         """KV rows [..., D], window or compressed, rotated."""
+
+    def kv_rows(self, rows: jax.Array, norm: RMSNorm, rotation: Rotation) -> jax.Array:
+        """KV rows [B, T, D], to be normed and rotated by [B, T, R / 2] first."""
+        return self.kv(apply_rope(norm(rows), rotation), 2 * rotation.cos.shape[-1])
 
     @abc.abstractmethod
     def index(self, x: jax.Array) -> jax.Array:
@@ -124,6 +133,11 @@ class OfficialNumerics(Numerics):
     def kv(self, rows: jax.Array, rope_dim: int) -> jax.Array:
         still, turning = rows[..., :-rope_dim], rows[..., -rope_dim:]
         return jnp.concatenate([round_rows(still, KV_GROUP), turning], axis=-1)
+
+    def kv_rows(self, rows: jax.Array, norm: RMSNorm, rotation: Rotation) -> jax.Array:
+        if self.kernels is None:
+            return super().kv_rows(rows, norm, rotation)
+        return self.kernels.store_rows(rows, norm.weight[...], rotation, norm.eps, wide=True)
 
     def index(self, x: jax.Array) -> jax.Array:
         return round_index(x)

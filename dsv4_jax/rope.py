@@ -57,6 +57,15 @@ class Rotation:
     sin: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rotations:
+    """What a layer rotates with in a step: at its tokens' positions, and at those of the entries they may complete."""
+
+    tokens: Rotation
+    entries: Rotation | None = None
+
+
 def build_table(spec: RopeSpec, max_tokens: int) -> Rotation:
     """cos and sin of positions 0 .. max_tokens - 1, fp32 [max_tokens, R // 2].
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dsv4_jax.cache import CacheFormat, Step, init_layer_cache
-from dsv4_jax.compressor import Compressor
+from dsv4_jax.compressor import Compressor, entry_index
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import Kernels, TpuKernels, XlaKernels
 from dsv4_jax.presets import PRESETS
@@ -41,7 +41,8 @@ def test_entries_pooled_from_written_rings(ratio, drafts):
 
     @jax.jit
     def advance(module, cache, x, step):
-        return module(module.project(x, step), table, cache, step, store)
+        rotation = table(entry_index(step, ratio) * ratio)
+        return module(module.project(x, step), rotation, cache, step, store)
 
     empty = init_layer_cache(config, spec, B, MAX, CacheFormat(jnp.float32), drafts=drafts).compressor
     caches, length = [empty, empty], np.zeros(B, int)
@@ -80,5 +81,6 @@ def abstract_step(config: ModelConfig, kernels: Kernels, ratio: int, T: int, dra
     table = RopeTable(RopeSpec(10000.0, 16), MAX)
     cache = init_layer_cache(config, spec, 1, MAX, CacheFormat(jnp.float32), drafts=drafts).compressor
     step = Step(jnp.zeros((1, T), jnp.int32), jnp.zeros(1, jnp.int32), jnp.full(1, T, jnp.int32))
-    run = lambda x: module(module.project(x, step), table, cache, step, store)
+    rotation = table(entry_index(step, ratio) * ratio)
+    run = lambda x: module(module.project(x, step), rotation, cache, step, store)
     return jax.eval_shape(run, jnp.zeros((1, T, config.hidden_size)))

@@ -56,7 +56,7 @@ def test_layer(case, index):
     get = lambda name: want[f"L{index}.{name}"]
     rows = want["rows"] if "rows" in want.files else get("rows")
     layer, recorder = model.layers[index], Recorder()
-    streams, step, cache, rope = streams_before(model, index, ids)
+    streams, step, cache, rotations = streams_before(model, index, ids)
 
     def close(name, got):
         np.testing.assert_allclose(np.asarray(got), get(name), atol=ATOL, rtol=0, err_msg=name)
@@ -67,7 +67,7 @@ def test_layer(case, index):
     close("hc_attn_collapsed", x[0, rows])
     normed = layer.input_layernorm(x)
     close("attn_in", normed[0, rows])
-    out, after = with_kernels(layer, recorder)(normed, rope, cache, step)
+    out, after = with_kernels(layer, recorder)(normed, rotations, cache, step)
     seen = recorder.seen
     close("q", seen["q"][0, rows])
     close("kv", seen["kv"][0, -ids.shape[1] :][rows])
@@ -87,14 +87,14 @@ def test_layer(case, index):
 
 
 def streams_before(model, index, ids):
-    """The streams that enter layer `index`, the step, that layer's empty cache and its RoPE table."""
+    """The streams that enter layer `index`, the step, that layer's empty cache and its rotations."""
     step = Step(ids, jnp.zeros((1,), jnp.int32), jnp.asarray([ids.shape[1]], jnp.int32))
     cache = model.init_cache(1, 512)
     streams = jnp.repeat(model.embed(ids)[:, :, None], model.config.hc_mult, axis=2)
-    ropes = [model.rope_main if spec.ratio == 0 else model.rope_compress for spec in model.config.layers]
+    rotations = [model.rotations(spec, step) for spec in model.config.layers]
     for i in range(index):
-        streams, _ = run_layer(model.layers[i], streams, ropes[i], cache.layers[i], step)
-    return streams, step, cache.layers[index], ropes[index]
+        streams, _ = run_layer(model.layers[i], streams, rotations[i], cache.layers[i], step)
+    return streams, step, cache.layers[index], rotations[index]
 
 
 def with_kernels(layer, kernels):

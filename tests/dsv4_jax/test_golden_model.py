@@ -88,8 +88,8 @@ def test_streams_after_every_layer(path):
     streams = jnp.repeat(model.embed(ids)[:, :, None], model.config.hc_mult, axis=2)
     for i, layer in enumerate(model.layers):
         np.testing.assert_allclose(streams[0], want["hidden"][i], atol=2e-3)
-        rope = model.rope_main if model.config.layers[i].ratio == 0 else model.rope_compress
-        streams, _ = run_layer(layer, streams, rope, cache.layers[i], step)
+        rotations = model.rotations(model.config.layers[i], step)
+        streams, _ = run_layer(layer, streams, rotations, cache.layers[i], step)
     np.testing.assert_allclose(streams[0], want["hidden"][-1], atol=2e-3)
 
 

@@ -9,7 +9,7 @@ import pytest
 from golden_cases import GOLDEN
 
 from dsv4_jax.cache import CompressorCache, Step
-from dsv4_jax.compressor import Compressor
+from dsv4_jax.compressor import Compressor, entry_index
 from dsv4_jax.config import LayerSpec, ModelConfig, Yarn
 from dsv4_jax.hyper_connection import HyperConnection, HyperHead
 from dsv4_jax.kernels import XlaKernels
@@ -195,7 +195,7 @@ def test_compressor_entries(name, ratio):
     table = RopeTable(RopeSpec(160000.0, 16), 512)
     projected = module.project(jnp.asarray(np.concatenate([kv, gate], axis=1))[None], step)
     store = lambda rows, norm, rotation, held: apply_rope(norm(rows), rotation)
-    after = module(projected, table, cache, step, store)
+    after = module(projected, table(entry_index(step, ratio) * ratio), cache, step, store)
     close(after.entries[0, : len(entries)], entries)
     assert len(entries) == T // ratio and (after.entries[0, len(entries) :] == 7.0).all()  # no unfinished window
 

@@ -100,6 +100,7 @@ def test_the_step_calls_the_kernel_in_every_kind_of_layer(name, T):
     assert calls["expert_hidden"] == 2 * 3 and calls["route"] == 2  # one layer looks its experts up by token
     assert calls["arrange_pairs"] == calls["add_rows"] == (3 if T == 1 else 0)
     assert calls["round_index"] == 2  # queries and keys
-    assert calls["rms_norm"] == 3 + 3 + 3  # of the queries' latent, KV rows and entries
+    assert calls["store_rows"] == 3 + 2  # KV rows, entries
+    assert calls["rms_norm"] == 3 + 1  # of the queries' latent, index keys
     assert calls["pool_window"] == (3 if T == 1 else 0)  # HCA, CSA and its indexer
     assert calls["hyper_connection_collapse"] == calls["hyper_connection_expand"] == 2 * 3

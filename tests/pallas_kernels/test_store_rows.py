@@ -53,6 +53,28 @@ def test_equals_the_reference(B, T, D, R, dtype):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("B", "T", "D", "R", "dtype"),
+    [
+        (2, 1, 512, 64, "bfloat16"),
+        (1, 150, 512, 64, "bfloat16"),
+        (3, 1, 128, 64, "bfloat16"),
+        (2, 5, 256, 128, "float32"),
+    ],
+)
+def test_wide_rows_are_what_the_codes_stand_for(B, T, D, R, dtype):
+    args = draw(B, T, D, R, dtype)
+    got = store_rows_tpu(*args, eps=EPS, wide=True, chip=V6E, interpret=STRICT)
+    coded = store_rows_tpu(*args, eps=EPS, chip=V6E, interpret=STRICT)
+    assert got.shape == (B, T, D) and got.dtype == dtype
+    np.testing.assert_array_equal(got[..., :-R], dequantize_rows(coded, got.dtype)[..., :-R])
+    np.testing.assert_array_equal(got[..., -R:].astype(jnp.bfloat16), coded.rope)
+    want = store_rows(*args, eps=EPS, wide=True)
+    np.testing.assert_array_equal(want[..., :-R], dequantize_rows(store_rows(*args, eps=EPS), got.dtype)[..., :-R])
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), rtol=0.14, atol=2**-8)
+
+
+@pytest.mark.interpreter
 def test_codes_are_exact_where_the_norm_is():
     """Rows of a mean square of one whatever the order of the sum: codes, scales and rotary channels bit for bit."""
     rng = np.random.default_rng(3)
@@ -80,10 +102,10 @@ def test_what_does_not_fit_is_refused(change, words):
         store_rows_tpu(*args, eps=EPS, **options)
 
 
-def make_case(target, B: int, T: int):
+def make_case(target, B: int, T: int, wide: bool = False):
     array = jax.ShapeDtypeStruct
     table = array((B, T, 32), jnp.float32)
-    run = lambda *args: store_rows_tpu(*args, eps=EPS, chip=target)
+    run = lambda *args: store_rows_tpu(*args, eps=EPS, wide=wide, chip=target)
     return run, (array((B, T, 512), jnp.bfloat16), array((512,), jnp.float32), table, table)
 
 
@@ -92,6 +114,7 @@ def make_case(target, B: int, T: int):
 @pytest.mark.parametrize("name", TPUS)
 def test_compiles_ahead_of_time(name):
     cases = [{"B": B, "T": T} for B, T in [(1, 1), (8, 1), (64, 1), (3, 5), (1, 2048)]]
+    cases += [{"B": B, "T": T, "wide": True} for B, T in [(1, 1), (64, 1), (1, 2048)]]
     for report in aot.run_cases([aot.Case(f"{__file__}:make_case", case) for case in cases], name):
         assert "error" not in report, report
         assert report["custom_calls"].get("tpu_custom_call") == 1, report
