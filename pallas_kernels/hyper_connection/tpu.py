@@ -142,7 +142,12 @@ def _tile(streams: jax.Array, chip: Chip) -> int:
     rows = ROWS
     while rows > MIN_ROWS and rows * token_bytes > TILES_SHARE * chip.vmem_bytes:
         rows //= 2
-    return min(rows, -(-B * T // MIN_ROWS) * MIN_ROWS)
+    return min(rows, _whole(B * T))
+
+
+def _whole(tokens: int) -> int:
+    """Rows of the least tile that holds so many: a few are a tile of their own, for cutting one takes longer."""
+    return tokens if tokens < MIN_ROWS else -(-tokens // MIN_ROWS) * MIN_ROWS
 
 
 def _expand_tile(streams: jax.Array, chip: Chip) -> int:
@@ -150,7 +155,7 @@ def _expand_tile(streams: jax.Array, chip: Chip) -> int:
     rows = min(EXPAND_ROWS, _tile(streams, chip))
     while rows > MIN_ROWS and 4 * rows > streams.shape[0] * streams.shape[1]:
         rows //= 2
-    return -(-rows // MIN_ROWS) * MIN_ROWS
+    return _whole(rows)
 
 
 def _params(chip: Chip) -> pltpu.CompilerParams:
