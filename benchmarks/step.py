@@ -168,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["flash"], choices=list(SLICES))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--cache-dtype", default="fp8", choices=["fp8", "bfloat16"])
+    parser.add_argument("--cache-dtype", default="bfloat16", choices=["bfloat16", "fp8"])
     parser.add_argument("--timeout", type=float, default=900, help="seconds the compiler may take for one program")
     parser.add_argument("--at-once", type=int, default=1, help="compilers that run side by side")
 
