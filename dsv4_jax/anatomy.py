@@ -168,7 +168,7 @@ def observe(model: DeepseekV4, tokens) -> list[LayerView]:
     views = []
     cache = model.init_cache(1, len(tokens))
     for layer, spec, state in zip(model.layers, model.config.layers, cache.layers, strict=True):
-        streams, seen = _run_layer(layer, streams, model.rotations(spec, step), state, step)
+        streams, seen = _run_layer(layer, streams, model.rotations(spec.ratio, step), state, step)
         seen = jax.device_get(seen)
         mixing: dict[str, Any] = {name: Mixing(*seen.pop(name)) for name in ("attn_hc", "ffn_hc")}
         views.append(LayerView(spec, **seen, **mixing))

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsv4_jax.cache import Cache, CacheFormat, LayerCache, Step, init_cache, init_layer_cache
 from dsv4_jax.compressor import entry_index
-from dsv4_jax.config import SLIDING, LayerSpec, ModelConfig
+from dsv4_jax.config import ModelConfig
 from dsv4_jax.hyper_connection import HyperHead
 from dsv4_jax.kernels import Kernels, resolve_kernels
 from dsv4_jax.layer import DecoderLayer, run_layer
@@ -92,7 +92,7 @@ class DeepseekV4(nnx.Module):
         step = Step(tokens, cache.length, count)
         streams = jnp.repeat(self.embed(tokens)[:, :, None], self.config.hc_mult, axis=2)
         states = list(cache.layers)
-        rotations = {spec.ratio: self.rotations(spec, step) for spec in self.config.layers}
+        rotations = {ratio: self.rotations(ratio, step) for ratio in dict.fromkeys(self.config.compress_ratios)}
         apply = lambda spec, layer, streams, state: run_layer(layer, streams, rotations[spec.ratio], state, step)
         specs, layers = self.config.layers, list(self.layers)
         run = longest_run([kind_of(pair) for pair in zip(layers, states, strict=True)]) if in_loop else NO_RUN
@@ -104,11 +104,11 @@ class DeepseekV4(nnx.Module):
                 streams, states[i] = apply(specs[i], layers[i], streams, states[i])
         return streams, Cache(tuple(states), step.end)
 
-    def rotations(self, spec: LayerSpec, step: Step) -> Rotations:
-        """What layers of a kind rotate with in a step: read from the tables once for all of them."""
-        if spec.kind == SLIDING:
+    def rotations(self, ratio: int, step: Step) -> Rotations:
+        """What layers that compress by `ratio` rotate with in a step: read from the tables once for all of them."""
+        if not ratio:
             return Rotations(self.rope_main(step.positions))
-        entries = self.rope_compress(entry_index(step, spec.ratio) * spec.ratio)
+        entries = self.rope_compress(entry_index(step, ratio) * ratio)
         # Barred from moving: a table that goes into a branch is copied there, on TPU.
         return Rotations(self.rope_compress(step.positions), jax.lax.optimization_barrier(entries))
 
@@ -128,7 +128,7 @@ class DeepseekV4(nnx.Module):
     def draft(self, index: int, streams, tokens, cache: LayerCache, start, count) -> tuple[jax.Array, LayerCache]:
         """MTP layer `index` over streams [B, T, N, M] at positions start .. and the tokens [B, T] that follow each."""
         step = Step(tokens, start, count)
-        rotations = self.rotations(self.config.mtp_layers[index], step)
+        rotations = self.rotations(self.config.draft_ratios[index], step)
         return self.mtp[index](streams, self.embed(tokens), rotations, cache, step)
 
     def draft_head(self, index: int, streams: jax.Array) -> jax.Array:

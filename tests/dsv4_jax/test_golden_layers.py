@@ -91,7 +91,7 @@ def streams_before(model, index, ids):
     step = Step(ids, jnp.zeros((1,), jnp.int32), jnp.asarray([ids.shape[1]], jnp.int32))
     cache = model.init_cache(1, 512)
     streams = jnp.repeat(model.embed(ids)[:, :, None], model.config.hc_mult, axis=2)
-    rotations = [model.rotations(spec, step) for spec in model.config.layers]
+    rotations = [model.rotations(ratio, step) for ratio in model.config.compress_ratios]
     for i in range(index):
         streams, _ = run_layer(model.layers[i], streams, rotations[i], cache.layers[i], step)
     return streams, step, cache.layers[index], rotations[index]

@@ -88,7 +88,7 @@ def test_streams_after_every_layer(path):
     streams = jnp.repeat(model.embed(ids)[:, :, None], model.config.hc_mult, axis=2)
     for i, layer in enumerate(model.layers):
         np.testing.assert_allclose(streams[0], want["hidden"][i], atol=2e-3)
-        rotations = model.rotations(model.config.layers[i], step)
+        rotations = model.rotations(model.config.compress_ratios[i], step)
         streams, _ = run_layer(layer, streams, rotations, cache.layers[i], step)
     np.testing.assert_allclose(streams[0], want["hidden"][-1], atol=2e-3)
 

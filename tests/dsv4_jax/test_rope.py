@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv4_jax import DeepseekV4
 from dsv4_jax.config import ModelConfig, Yarn
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.rope import RopeSpec, RopeTable, apply_rope, build_table, rope_specs
@@ -61,3 +64,18 @@ def test_relative_position_is_all_a_product_of_rotated_vectors_sees():
     np.testing.assert_allclose(products, products[0], atol=2e-3)
     other = jnp.sum(apply_rope(q, table(p)) * apply_rope(k, table(p - 5)), axis=-1)
     assert (jnp.abs(other - products) > 0.05).all()
+
+
+@pytest.mark.parametrize("T", [1, 64])
+def test_a_step_reads_the_tables_once_for_all_layers_of_a_kind(T):
+    def reads(ratios: list[int]) -> int:
+        fields = {"num_hidden_layers": len(ratios), "compress_ratios": [*ratios, 0], "num_hash_layers": 0}
+        config = ModelConfig.from_dict(PRESETS["tiny"] | fields)
+        model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=4096))
+        cache = jax.eval_shape(lambda: model.init_cache(2))
+        tokens, count = jax.ShapeDtypeStruct((2, T), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+        program = str(jax.make_jaxpr(lambda model, *args: model(*args))(model, tokens, cache, count))
+        return len(re.findall(rf":f32\[2,\d+,{config.qk_rope_head_dim // 2}\] = gather", program))
+
+    few, many = reads([0, 4, 128]), reads([0, 4, 128, 0, 4, 128, 4])
+    assert 0 < few == many
