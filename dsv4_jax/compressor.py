@@ -13,7 +13,7 @@ from flax import nnx
 from dsv4_jax.cache import CompressorCache, Step, StoredRows, read_rows, write_entries, write_ring
 from dsv4_jax.config import CSA, LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
-from dsv4_jax.linear import RMSNorm, matmul
+from dsv4_jax.linear import RMSNorm
 from dsv4_jax.rope import Rotation
 
 Projected = tuple[jax.Array, jax.Array]  # kv and gate (with its position bias) of this step's tokens
@@ -38,8 +38,8 @@ class Compressor(nnx.Module):
 
     def project(self, x: jax.Array, step: Step) -> Projected:
         """x [B, T, M] -> this step's rows, fp32 [B, T, width], never rounded."""
-        gate = matmul(x, self.gate_proj[...]) + self.position_bias[...][step.positions % self.ratio]
-        return matmul(x, self.kv_proj[...]), gate
+        kv, gate = self.kernels.matmul_each(x, self.kv_proj[...], self.gate_proj[...])
+        return kv, gate + self.position_bias[...][step.positions % self.ratio]
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.experts import as_one, expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
 from dsv4_jax.gradients import differentiable
-from dsv4_jax.linear import linear
+from dsv4_jax.linear import linear, matmul
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import QuantizedArray, Stack, Weight, dequantize
 from dsv4_jax.rope import Rotation, apply_rope
@@ -85,6 +85,10 @@ class AttentionKernels(NormKernels):
     def project_each(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
         """`project` of the same x with each weight; one kernel, where a platform gains by it."""
         return tuple(self.project(x, w) for w in weights)
+
+    def matmul_each(self, x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
+        """x [..., K] times each unquantised w [N, K] -> fp32 [..., N]; see `linear.matmul`."""
+        return tuple(matmul(x, w) for w in weights)
 
     @abc.abstractmethod
     def norm_heads(self, q: jax.Array, rotation: Rotation, eps: float) -> jax.Array:
@@ -435,12 +439,13 @@ def is_fp8(w: Weight) -> TypeGuard[QuantizedArray]:
     return is_packed(w) and not w.packed and w.block == (FP8_BLOCK, FP8_BLOCK)
 
 
-NAMES = ("auto", "xla", "tpu", "gpu", "tpu-interpret")
+NAMES = ("auto", "xla", "cpu", "tpu", "gpu", "tpu-interpret")
 
 
 def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Kernels:
     """The strategy called `name` for `device` (default: the first). "auto" is "tpu" on a TPU, "xla" elsewhere.
 
+    "cpu" reads weights faster than XLA does there, needs Numba, and has to be asked for, too.
     "gpu" is for H100, H200 and B200 and has to be asked for: it has been compiled, not run.
 
     Raises:
@@ -454,6 +459,12 @@ def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Ker
     if name == "tpu-interpret":
         return TpuKernels(chip("v6e"), interpret=True)
     device = jax.local_devices()[0] if device is None else device
+    if name == "cpu":
+        if device.platform != "cpu":
+            raise ValueError(f"kernels='cpu' cannot run on {device.device_kind!r}; choose 'auto' or 'xla'")
+        from dsv4_jax.kernels_cpu import CpuKernels  # which imports this module
+
+        return CpuKernels()
     if name == "gpu":
         if device.platform not in ("gpu", "cuda"):
             raise ValueError(f"kernels='gpu' cannot run on {device.device_kind!r}; choose 'auto' or 'xla'")

@@ -12,7 +12,7 @@ from dsv4_jax.config import ModelConfig
 from dsv4_jax.hyper_connection import HyperHead
 from dsv4_jax.kernels import Kernels, resolve_kernels
 from dsv4_jax.layer import DecoderLayer, run_layer
-from dsv4_jax.linear import RMSNorm, matmul
+from dsv4_jax.linear import RMSNorm
 from dsv4_jax.mtp import MtpLayer
 from dsv4_jax.numerics import Numerics, resolve_numerics
 from dsv4_jax.repeat import NO_RUN, kind_of, longest_run, loop
@@ -137,4 +137,4 @@ class DeepseekV4(nnx.Module):
         return self._logits(layer.norm(layer.hc_head(streams)))
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        return self.parallel.gather_model(matmul(x, self.lm_head[...]))
+        return self.parallel.gather_model(self.kernels.matmul_each(x, self.lm_head[...])[0])
