@@ -10,7 +10,7 @@ from dsv4_jax.cache import CompressorCache, Step, StoredRows, as_stored
 from dsv4_jax.compressor import Compressor, Projected, visible_entries
 from dsv4_jax.config import LayerSpec, ModelConfig
 from dsv4_jax.kernels import AttentionKernels
-from dsv4_jax.linear import RMSNorm, linear, weight
+from dsv4_jax.linear import RMSNorm, weight
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.rope import Rotation
 from dsv4_jax.sharding import SINGLE, Parallel
@@ -39,7 +39,7 @@ class Indexer(nnx.Module):
 
     def weigh(self, x: jax.Array) -> jax.Array:
         """x [B, T, M] -> the weight of each index head, scaled, [B, T, H] in x.dtype."""
-        return (linear(x, self.weights_proj[...]) * (self.dim**-0.5 * self.heads**-0.5)).astype(x.dtype)
+        return (self.kernels.project(x, self.weights_proj[...]) * (self.dim**-0.5 * self.heads**-0.5)).astype(x.dtype)
 
     def __call__(
         self,

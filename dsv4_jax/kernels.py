@@ -228,7 +228,8 @@ class XlaKernels(Kernels):
         return pick_entries_xla(q, weights, wide_keys(keys, q.dtype), visible, top_k=top_k)
 
     def collapse_streams(self, streams, fn, base, scale, norm=None, *, iterations: int, eps: float, rms_eps: float):
-        x, *mixing = collapse(streams, fn, base, scale, iterations=iterations, eps=eps, rms_eps=rms_eps)
+        sizes: dict[str, Any] = {"iterations": iterations, "eps": eps, "rms_eps": rms_eps}
+        x, *mixing = collapse(streams, fn, base, scale, product=lambda x, w: self.matmul_each(x, w)[0], **sizes)
         return x if norm is None else rms_norm(x, norm, eps=rms_eps), tuple(mixing)
 
     def expand_streams(self, out, streams, mixing) -> jax.Array:

@@ -19,6 +19,7 @@ from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Weight
 from dsv4_jax.rope import Rotation, apply_rope
 from pallas_kernels.expert_matmul.reference import pick_rows
 from pallas_kernels.few_rows import FewWeights
+from pallas_kernels.routing import ExpertRows
 
 FEW_ROWS = 8  # beyond which XLA's product, which packs a weight once for all rows, is as fast
 
@@ -66,6 +67,13 @@ class CpuKernels(XlaKernels):
         ours = is_few(x) and all(is_readable(x, as_one(w)) for w in (gate_up, down))
         run = expert_mlp if not ours else lambda *args: expert_mlp_in_blocks(*args[:-1], self, args[-1])
         return run(x, index, weights, gate_up, down, limit, numerics, routed)
+
+    def arrange_pairs(self, index, weights, *, experts: int, rows: int, multiple: int) -> ExpertRows:
+        if rows > 1:
+            return super().arrange_pairs(index, weights, experts=experts, rows=rows, multiple=multiple)
+        pair = jnp.arange(index.size)  # each a block: nothing to sort
+        flat = index.reshape(-1), jnp.int32(index.size), pair // index.shape[1], weights.reshape(-1, 1)
+        return ExpertRows(*flat, pair.reshape(index.shape))
 
     def expert_product(self, x, row, expert, used, w: Weight) -> jax.Array:
         def kernel(x, row, expert, used, w):

@@ -10,10 +10,13 @@ import jax.numpy as jnp
 from dsv4_jax.linear import matmul
 
 
-def stream_mix(streams: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
-    """Streams [B, T, N, M] -> fp32 [B, T, rows of fn]: fn times all N * M values, over their joint RMS."""
+def stream_mix(streams: jax.Array, fn: jax.Array, eps: float, product=matmul) -> jax.Array:
+    """Streams [B, T, N, M] -> fp32 [B, T, rows of fn]: fn times all N * M values, over their joint RMS.
+
+    product: `linear.matmul`, as a platform does it.
+    """
     flat = streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
-    return matmul(flat, fn) * jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
+    return product(flat, fn) * jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
 
 
 def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
@@ -41,9 +44,10 @@ def weigh_streams(streams: jax.Array, weights: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
-def collapse(streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float):
+def collapse(streams, fn, base, scale, *, iterations: int, eps: float, rms_eps: float, product=matmul):
     """[B, T, N, M] -> sub-block input [B, T, M], post fp32 [B, T, N], comb fp32 [B, T, N, N]."""
-    pre, post, comb = split_mix(stream_mix(streams, fn, rms_eps), base, scale, streams.shape[2], iterations, eps)
+    mix = stream_mix(streams, fn, rms_eps, product)
+    pre, post, comb = split_mix(mix, base, scale, streams.shape[2], iterations, eps)
     return weigh_streams(streams, pre).astype(streams.dtype), post, comb
 
 
