@@ -222,11 +222,15 @@ def few_rows_cpu(x: jax.Array, expert: jax.Array, used: jax.Array, weights: Sequ
             raise ValueError(f"few_rows: weights differ in kind: {first.data.dtype}{list(first.data.shape)}, {kind}")
     packed = first.data.dtype == jnp.uint8
     if first.data.dtype not in KINDS or (first.scale is None) == (first.data.dtype.itemsize == 1):
-        raise ValueError(f"few_rows: {first.data.dtype} weights, scale {first.scale}: not float32, bfloat16, FP8 or FP4")
+        raise ValueError(
+            f"few_rows: {first.data.dtype} weights, scale {first.scale}: not float32, bfloat16, FP8 or FP4"
+        )
     if x.dtype != jnp.float32 or x.shape[1] != first.data.shape[2] * (1 + packed) or x.shape[0] % len(expert):
         raise ValueError(f"few_rows: x {x.dtype}{list(x.shape)} does not fit w {list(first.data.shape)}")
     if packed and (first.block != (1, 2 * HALF) or x.shape[1] % (2 * HALF)):
-        raise ValueError(f"few_rows: FP4 has a scale per row and {2 * HALF} channels, not {first.block} of {x.shape[1]}")
+        raise ValueError(
+            f"few_rows: FP4 has a scale per row and {2 * HALF} channels, not {first.block} of {x.shape[1]}"
+        )
     if packed:  # as the codes of a byte are expanded
         x = jnp.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
     scales: tuple[jax.Array, ...] = ()
