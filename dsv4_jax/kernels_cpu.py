@@ -64,9 +64,9 @@ class CpuKernels(XlaKernels):
         return self.project(numerics.activations(o, o_b), o_b)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
-        ours = is_few(x) and all(is_readable(x, as_one(w)) for w in (gate_up, down))
-        run = expert_mlp if not ours else lambda *args: expert_mlp_in_blocks(*args[:-1], self, args[-1])
-        return run(x, index, weights, gate_up, down, limit, numerics, routed)
+        if not is_few(x) or not all(is_readable(x, as_one(w)) for w in (gate_up, down)):
+            return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
+        return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self, routed)
 
     def arrange_pairs(self, index, weights, *, experts: int, rows: int, multiple: int) -> ExpertRows:
         if rows > 1:

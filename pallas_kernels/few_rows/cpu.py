@@ -233,9 +233,9 @@ def few_rows_cpu(x: jax.Array, expert: jax.Array, used: jax.Array, weights: Sequ
         )
     if packed:  # as the codes of a byte are expanded
         x = jnp.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
-    scales: tuple[jax.Array, ...] = ()
+    scales: list[jax.Array] = []
     if first.scale is not None:
-        scales = (*(w.scale for w in weights), jnp.asarray(first.block, jnp.int32))
+        scales = [w.scale for w in weights if w.scale is not None] + [jnp.asarray(first.block, jnp.int32)]
     out = tuple(jax.ShapeDtypeStruct((x.shape[0], w.data.shape[1]), jnp.float32) for w in weights)
     run = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
     return run(x, expert, jnp.reshape(used, (1,)), *(w.data for w in weights), *scales)

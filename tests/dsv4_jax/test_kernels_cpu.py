@@ -1,0 +1,119 @@
+"""The strategy for one CPU: chosen by name, used by the step, and right."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import GOLDEN, assert_logits_close, case_name, expected, greedy_checkpoints, load_model
+
+import dsv4_jax
+from dsv4_jax.kernels import XlaKernels, resolve_kernels
+from dsv4_jax.kernels_cpu import FEW_ROWS, CpuKernels
+from dsv4_jax.numerics import NUMERICS
+from dsv4_jax.quantized import quantize_fp4, quantize_fp8
+from dsv4_jax.rope import Rotation
+from pallas_kernels.few_rows.cpu import TARGET
+
+CALM = GOLDEN / "calm" / "fp8"
+KERNELS, PLAIN = CpuKernels(), XlaKernels()
+EXACT = NUMERICS["exact"]
+
+
+def values(*shape: int, seed: int = 0, dtype="float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def test_chosen_by_name():
+    assert resolve_kernels("cpu") == KERNELS and hash(KERNELS) == hash(CpuKernels())
+
+
+def test_refused_where_it_cannot_run(monkeypatch):
+    gpu = type("Device", (), {"platform": "gpu", "device_kind": "H100"})
+    with pytest.raises(ValueError, match="kernels='cpu' cannot run on 'H100'; choose 'auto' or 'xla'"):
+        resolve_kernels("cpu", gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"kernels='cpu' needs Numba: pip install dsv4-jax\[cpu\]"):
+        CpuKernels()
+
+
+@pytest.mark.parametrize("path", greedy_checkpoints(), ids=case_name)
+def test_golden_logits_and_tokens(path):
+    """Prefill in few rows and in many, then steps of every kind of layer."""
+    model = load_model(path, kernels="cpu")
+    greedy = expected(path, "greedy")
+    out = dsv4_jax.generate(model, greedy["prompt_ids"], max_new_tokens=8)
+    np.testing.assert_array_equal(out.tokens, greedy["tokens"][:, :8])
+
+
+def test_golden_logits_in_few_rows():
+    model = load_model(CALM, kernels="cpu", max_tokens=128)
+    want = expected(CALM, "forward")
+    assert_logits_close(dsv4_jax.logits(model, want["input_ids"][:1, :FEW_ROWS]), want["logits"][:1, :FEW_ROWS])
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 4])
+def test_drafts_change_nothing(drafts):
+    model = load_model(CALM, kernels="cpu", max_tokens=256)
+    greedy = expected(CALM, "greedy")
+    out = dsv4_jax.generate(model, greedy["prompt_ids"], max_new_tokens=12, drafts=drafts)
+    np.testing.assert_array_equal(out.tokens, greedy["tokens"][:, :12])
+
+
+@pytest.mark.parametrize("rows, calls", [(1, True), (FEW_ROWS, True), (FEW_ROWS + 1, False)])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8", "fp4"])
+def test_products(form, rows, calls):
+    """Of few rows by the kernel, of more by XLA; both as XLA's."""
+    wide = values(96, 64, seed=1)
+    w = {"fp8": quantize_fp8(wide, (128, 128)), "fp4": quantize_fp4(wide)}.get(form)
+    w = wide.astype(form) if w is None else w
+    x = values(1, rows, 64, dtype="bfloat16" if form == "bfloat16" else "float32")
+    project = jax.jit(lambda x, w: KERNELS.project(x, w))
+    assert (TARGET in project.lower(x, w).as_text()) == calls
+    np.testing.assert_allclose(
+        project(x, w).astype(jnp.float32),
+        PLAIN.project(x, w).astype(jnp.float32),
+        rtol=1e-2 if form == "bfloat16" else 1e-5,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, FEW_ROWS])
+@pytest.mark.parametrize("form", ["float32", "fp4"])
+def test_experts(form, tokens):
+    hold = quantize_fp4 if form == "fp4" else lambda w: w
+    gate_up, down = hold(values(6, 2, 32, 64, seed=2)), hold(values(6, 64, 32, seed=3))
+    index = jnp.asarray(np.random.default_rng(4).permuted(np.tile(np.arange(6), (tokens, 1)), axis=1)[:, :3], jnp.int32)
+    args = values(tokens, 64), index, jnp.abs(values(tokens, 3, seed=5)), gate_up, down, 10.0, EXACT
+    got = jax.jit(lambda *a: KERNELS.expert_mlp(*a, *args[5:]))(*args[:5])
+    np.testing.assert_allclose(got, PLAIN.expert_mlp(*args), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_output_projection(tokens):
+    o, angle = values(1, tokens, 4, 32), values(1, tokens, 4, seed=6)
+    o_a, o_b = values(2 * 16, 64, seed=7), values(48, 32, seed=8)
+    args = o, Rotation(jnp.cos(angle), jnp.sin(angle)), o_a, o_b, 2, EXACT
+    got, want = KERNELS.output_projection(*args), PLAIN.output_projection(*args)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_those_of_plain_products():
+    x, w = values(2, 64), values(32, 64, seed=9)
+    loss = lambda kernels: lambda x, w: (kernels.project(x, w) ** 2).sum()
+    for got, want in zip(*(jax.grad(loss(k), (0, 1))(x, w) for k in (KERNELS, PLAIN)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_step_calls_the_kernel():
+    """Every product with a weight but the router's, whose few rows are not worth it, and the embedding."""
+    model = load_model(CALM, kernels="cpu", max_tokens=128)
+    step = jax.jit(lambda m, ids: dsv4_jax.logits(m, ids))
+    text = step.lower(model, jnp.zeros((1, 1), jnp.int32)).as_text()
+    calls = len(re.findall(rf"custom_call @{TARGET}|call_target_name = \"{TARGET}\"", text))
+    layers = model.config.num_hidden_layers
+    assert calls >= 9 * layers  # q and kv, q_b, o_a, o_b, two collapses, routed and shared experts two each
