@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="decode steps that are timed, and one more")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="runs of which the median counts")
     parser.add_argument("--tiny", type=Path, default=checkpoints.bundled_path(), help="default: the bundled checkpoint")
+    parser.add_argument("--kernels", choices=("cpu", "xla"), default="cpu", help="platform strategy of ours")
     parser.add_argument("--peer-python", help="an interpreter that has torch and transformers, if this one has not")
 
 
@@ -74,28 +75,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sizes = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens, "repeats": args.repeats}
     with tempfile.TemporaryDirectory(prefix="dsv4-benchmark-") as directory:
         path = synth(fields, Path(directory) / args.model)
-        rows, machine = compare(path, peer_python, batch=args.batch, **sizes)
+        rows, machine = compare(path, args.kernels, peer_python, batch=args.batch, **sizes)
         if args.batch > 1:
-            alone, _ = measure_ours(path, batch=1, **sizes)
+            alone, _ = measure_ours(path, args.kernels, batch=1, **sizes)
             rows["decode"]["times_one_row"] = args.batch * alone["decode_ms"] / rows["decode"]["ours_ms"]
-    tiny, _ = compare(args.tiny, peer_python, batch=1, **sizes | {"prompt_tokens": TINY_PROMPT})
+    tiny, _ = compare(args.tiny, args.kernels, peer_python, batch=1, **sizes | {"prompt_tokens": TINY_PROMPT})
     decode_bytes = floors.touched_bytes(config, args.prompt_tokens + args.new_tokens // 2, args.batch)
     flops = args.batch * floors.prefill_flops(config, args.prompt_tokens)
     rows["decode"]["floor_ms"] = decode_bytes / max(machine["GB/s"].values()) / 1e6
     rows["prefill"]["floor_ms"] = flops / max(machine["GFLOP/s"].values()) / 1e6
-    unusual = {"": args.model, "batch": args.batch, "tokens": args.prompt_tokens}
+    unusual = {"": args.model, "kernels-": args.kernels, "batch": args.batch, "tokens": args.prompt_tokens}
     return {
-        "variant": "-".join(f"{k}{v}" for k, v in unusual.items() if v not in ("75M", 1, PROMPT_TOKENS)),
-        "model": {"name": args.model, "parameters": count_parameters(fields), "batch": args.batch} | sizes,
+        "variant": "-".join(f"{k}{v}" for k, v in unusual.items() if v not in ("75M", "cpu", 1, PROMPT_TOKENS)),
+        "model": {
+            "name": args.model,
+            "parameters": count_parameters(fields),
+            "batch": args.batch,
+            "kernels": args.kernels,
+        }
+        | sizes,
         "machine": machine | {"load_before": load, "decode_bytes": decode_bytes, "prefill_flops": flops},
         "rows": with_ratios({"prefill": rows["prefill"], "decode": rows["decode"], "tiny decode": tiny["decode"]}),
         "peer": rows["peer"] or NO_PEER,
     }
 
 
-def compare(path: Path, peer_python: str | None, **sizes: int) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+def compare(
+    path: Path, kernels: str, peer_python: str | None, **sizes: int
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """Ours and transformers' milliseconds on one checkpoint ("peer": versions, equal tokens); the machine's rates."""
-    ours, machine = measure_ours(path, **sizes)
+    ours, machine = measure_ours(path, kernels, **sizes)
     rows: dict[str, Any] = {k: {"ours_ms": ours[f"{k}_ms"]} for k in ("prefill", "decode")}
     if peer_python is None:
         return rows | {"peer": None}, machine
@@ -108,10 +117,11 @@ def compare(path: Path, peer_python: str | None, **sizes: int) -> tuple[dict[str
 
 
 def measure_ours(
-    path: Path, *, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
+    path: Path, kernels: str, *, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """Medians over rounds: milliseconds of a prefill with its first token and of a decode step; the machine's rates."""
-    model = checkpoints.load(path, max_tokens=prompt_tokens + new_tokens, dtype=jnp.float32, numerics="exact")
+    capacity = prompt_tokens + new_tokens
+    model = checkpoints.load(path, max_tokens=capacity, dtype=jnp.float32, numerics="exact", kernels=kernels)
     prompt = random_prompt(prompt_tokens, model.config.vocab_size, batch)
 
     def timed(new: int) -> tuple[float, np.ndarray]:
@@ -178,7 +188,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print the table, the floors behind it and what is missing."""
     model, machine = result["model"], result["machine"]
     wanted, size = targets(model["name"], model["batch"]), f"{model['parameters']:,} parameters"
-    title = f"{model['name']} ({size}), float32, batch {model['batch']}, {model['prompt_tokens']:,} tokens"
+    how = f"float32, kernels {model['kernels']}, batch {model['batch']}"
+    title = f"{model['name']} ({size}), {how}, {model['prompt_tokens']:,} tokens"
     table = Table("", "ours", "floor", "x floor", "transformers", "x faster", title=title)
     for name, row in result["rows"].items():
         target = wanted[name]

@@ -44,12 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unquantised", type=Path, help="params.npz of the training run, to measure what rounding costs"
     )
     parser.add_argument("--rows", type=int, default=24, help=f"held-out rows of {ROW} tokens to score")
+    parser.add_argument("--kernels", default="auto", help="platform strategy of the model")
     parser.add_argument("--only", choices=PARTS, help="measure this alone")
     parser.add_argument("--new", type=int, default=256, help="tokens to generate for each draft count")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    model = checkpoints.load(args.model, max_tokens=8192)
+    model = checkpoints.load(args.model, max_tokens=8192, kernels=args.kernels)
     tokenizer = checkpoints.load_tokenizer(args.model)
     if tokenizer is None:
         raise ValueError(f"{args.model}: has no tokenizer.json, so there is no text to score")

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=sorted(MODELS), default="75M", help="the synthesised model")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--new-tokens", type=int, default=33, help="decode steps that are timed, and one more")
+    parser.add_argument("--kernels", choices=("cpu", "xla"), default="cpu", help="platform strategy")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median counts")
 
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--new-tokens must be at least 2, --prompt-tokens and --repeats at least 1")
     with tempfile.TemporaryDirectory(prefix="dsv4-benchmark-") as directory:
         capacity = args.prompt_tokens + args.new_tokens
-        models = {name: _model(args.model, name, Path(directory), capacity) for name in FORMATS}
+        models = {name: _model(args.model, name, Path(directory), capacity, args.kernels) for name in FORMATS}
     prompt = random_prompt(args.prompt_tokens, models["float32"].config.vocab_size)
     rows = {name: held(model, prompt, args.new_tokens) for name, model in models.items()}
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in FORMATS}
@@ -59,18 +60,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows[name] = {"decode_ms": decode, "prefill_ms": prefill} | rows[name]
     plain, quantised = (rows[name] for name in FORMATS)
     return {
-        "variant": "" if args.model == "75M" else args.model,
+        "variant": "-".join([args.model] * (args.model != "75M") + [args.kernels] * (args.kernels != "cpu")),
         "model": args.model,
+        "kernels": args.kernels,
         "prompt_tokens": args.prompt_tokens,
         "rows": rows,
         "ratios": {figure: quantised[figure] / plain[figure] for figure in plain},
     }
 
 
-def _model(name: str, form: str, directory: Path, max_tokens: int) -> DeepseekV4:
+def _model(name: str, form: str, directory: Path, max_tokens: int, kernels: str) -> DeepseekV4:
     official = {key: PRESETS["flash"][key] for key in ("expert_dtype", "quantization_config")}
     path = synth(MODELS[name] | (official if form == "quantised" else {}), directory / form)
-    return checkpoints.load(path, max_tokens=max_tokens, dtype=jnp.float32, numerics="exact")
+    return checkpoints.load(path, max_tokens=max_tokens, dtype=jnp.float32, numerics="exact", kernels=kernels)
 
 
 def held(model: DeepseekV4, prompt: np.ndarray, new: int) -> dict[str, float]:
@@ -95,7 +97,7 @@ def timed(model: DeepseekV4, prompt: np.ndarray, new: int) -> tuple[float, float
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    title = f"{result['model']}, batch 1, {result['prompt_tokens']:,} tokens, on this CPU"
+    title = f"{result['model']}, kernels {result['kernels']}, batch 1, {result['prompt_tokens']:,} tokens, on this CPU"
     table = Table("", *FORMATS, "ratio", "target", title=title)
     for figure, ratio in result["ratios"].items():
         target = TARGETS[figure]

@@ -1,8 +1,8 @@
 """Numba functions as XLA custom calls on a CPU: reading a call's buffers, and sharing its work among XLA's threads.
 
-XLA hands a handler one address, of a call frame, and takes back the address of an error, or 0. Offsets here are words of
-8 bytes in the structures of XLA's foreign function interface, version 0 (`xla/ffi/api/c_api.h`, which jaxlib installs
-and `tests/pallas_kernels/test_cpu_call.py` reads). Everything is compiled, and needs no lock of the interpreter.
+XLA hands a handler one address, of a call frame, and takes back the address of an error, or 0. Offsets here are words
+of 8 bytes in the structures of XLA's foreign function interface, version 0 (`xla/ffi/api/c_api.h`, installed with
+jaxlib, which `tests/pallas_kernels/test_cpu_call.py` reads). Everything is compiled, and needs no interpreter's lock.
 """
 
 from __future__ import annotations

@@ -74,12 +74,8 @@ def test_products(form, rows, calls):
     x = values(1, rows, 64, dtype="bfloat16" if form == "bfloat16" else "float32")
     project = jax.jit(lambda x, w: KERNELS.project(x, w))
     assert (TARGET in project.lower(x, w).as_text()) == calls
-    np.testing.assert_allclose(
-        project(x, w).astype(jnp.float32),
-        PLAIN.project(x, w).astype(jnp.float32),
-        rtol=1e-2 if form == "bfloat16" else 1e-5,
-        atol=1e-4,
-    )
+    got, want = project(x, w).astype(jnp.float32), PLAIN.project(x, w).astype(jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=1e-2 if form == "bfloat16" else 1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, FEW_ROWS])
