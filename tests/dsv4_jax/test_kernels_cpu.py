@@ -12,9 +12,11 @@ import pytest
 from golden_cases import GOLDEN, assert_logits_close, case_name, expected, greedy_checkpoints, load_model
 
 import dsv4_jax
+from dsv4_jax import DeepseekV4, ModelConfig
 from dsv4_jax.kernels import XlaKernels, resolve_kernels
 from dsv4_jax.kernels_cpu import FEW_ROWS, CpuKernels
 from dsv4_jax.numerics import NUMERICS
+from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import quantize_fp4, quantize_fp8
 from dsv4_jax.rope import Rotation
 from pallas_kernels.few_rows.cpu import TARGET
@@ -105,11 +107,16 @@ def test_gradients_are_those_of_plain_products():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_step_calls_the_kernel():
-    """Every product with a weight but the router's, whose few rows are not worth it, and the embedding."""
-    model = load_model(CALM, kernels="cpu", max_tokens=128)
-    step = jax.jit(lambda m, ids: dsv4_jax.logits(m, ids))
-    text = step.lower(model, jnp.zeros((1, 1), jnp.int32)).as_text()
-    calls = len(re.findall(rf"custom_call @{TARGET}|call_target_name = \"{TARGET}\"", text))
-    layers = model.config.num_hidden_layers
-    assert calls >= 9 * layers  # q and kv, q_b, o_a, o_b, two collapses, routed and shared experts two each
+@pytest.mark.parametrize("T, calls", [(1, True), (FEW_ROWS + 1, False)])
+def test_the_step_calls_the_kernel(T, calls):
+    """Every product with a weight but the router's and the last collapse's."""
+    fields = PRESETS["flash"] | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1}
+    config = ModelConfig.from_dict(fields)
+    model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=16384, kernels="cpu"))
+    cache = jax.eval_shape(lambda: model.init_cache(1))
+    tokens, count = jax.ShapeDtypeStruct((1, T), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    step = lambda model, tokens, cache, count: model.head(model(tokens, cache, count)[0])
+    program = str(jax.make_jaxpr(step)(model, tokens, cache, count))
+    found = len(re.findall(rf"target_name={TARGET}", program))
+    layer = 4 + 2 + 2 + 2  # q_a with kv, q_b, o_a, o_b; two collapses; routed and shared experts
+    assert found == (3 * layer + 4 + 1 + 1 if calls else 0)  # CSA's compressors and indexer, HCA's compressor, the head
