@@ -34,7 +34,7 @@ def test_chosen_by_the_device_or_by_name():
 
 
 def test_refused_where_it_cannot_run():
-    with pytest.raises(ValueError, match="kernels='cuda' is not known; choose one of 'auto', 'xla', 'tpu'"):
+    with pytest.raises(ValueError, match="kernels='cuda' is not known; choose one of 'auto', 'xla', 'cpu', 'tpu'"):
         resolve_kernels("cuda")
     with pytest.raises(ValueError, match="kernels='tpu' cannot run on 'cpu'; choose 'auto' or 'xla'"):
         resolve_kernels("tpu")
