@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.batch > 1:
             alone, _ = measure_ours(path, args.kernels, batch=1, **sizes)
             rows["decode"]["times_one_row"] = args.batch * alone["decode_ms"] / rows["decode"]["ours_ms"]
-    tiny, _ = compare(args.tiny, args.kernels, peer_python, batch=1, **sizes | {"prompt_tokens": TINY_PROMPT})
+    tiny, _ = compare(args.tiny, "auto", peer_python, batch=1, **sizes | {"prompt_tokens": TINY_PROMPT})
     decode_bytes = floors.touched_bytes(config, args.prompt_tokens + args.new_tokens // 2, args.batch)
     flops = args.batch * floors.prefill_flops(config, args.prompt_tokens)
     rows["decode"]["floor_ms"] = decode_bytes / max(machine["GB/s"].values()) / 1e6
