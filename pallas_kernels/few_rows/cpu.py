@@ -81,9 +81,10 @@ def _e4m3(code):
 @njit
 def _e2m1(code):
     """As `formats.decode_e2m1`, by placing bits; codes below 2 are 0 and 0.5."""
+    code = np.int32(code)
     low = code & 7
-    small = 0x3F000000 if low == 1 else 0
-    return call.as_float((small if low < 2 else (low << 22) + (126 << 23)) | (code & 8) << 28)
+    value = np.float32(0.5) * np.float32(low) if low < 2 else call.as_float((low << 22) + (126 << 23))
+    return -value if code > 7 else value
 
 
 @njit
@@ -120,7 +121,7 @@ def _expand_fp4(data, scale, scale_dtype, out):
         s, at = _scale(scale, scale_dtype, group), slice(group * HALF, (group + 1) * HALF)
         source, even, odd = codes[at], out[:width][at], out[width:][at]
         for k in range(HALF):
-            even[k] = _e2m1(source[k]) * s
+            even[k] = _e2m1(source[k] & 15) * s
             odd[k] = _e2m1(source[k] >> 4) * s
 
 
