@@ -44,7 +44,7 @@ class CpuKernels(XlaKernels):
     def project_each(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
         plain = lambda x, *w: tuple(linear(x, each) for each in w)
         if not is_few(x) or not all(is_readable(x, w) for w in weights):
-            return plain(*jax.lax.optimization_barrier((x, *weights)))  # or XLA expands weights before a prompt's loop
+            return plain(x, *weights)
         kernel = lambda x, *w: tuple(y.astype(x.dtype) for y in _each(x, w))
         return differentiable(kernel, plain, x, *weights)
 
