@@ -63,6 +63,7 @@ class NormKernels(abc.ABC):
 class AttentionKernels(NormKernels):
     """What a platform must supply; every implementation keeps the contract of the reference it names."""
 
+    one_device = False  # XLA cannot share its calls out over a mesh
     has_streams = False  # lanes of the schedule are streams of the device
     prefill_chunk = 512  # tokens of a prompt that go through the model at a time
     loops_over_layers = False  # a prompt goes round a loop over layers of a kind, so that they are compiled once
@@ -446,8 +447,8 @@ NAMES = ("auto", "xla", "cpu", "tpu", "gpu", "tpu-interpret")
 def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Kernels:
     """The strategy called `name` for `device` (default: the first). "auto" is "tpu" on a TPU, "xla" elsewhere.
 
-    "cpu" reads weights faster than XLA does there, needs Numba, and has to be asked for, too.
-    "gpu" is for H100, H200 and B200 and has to be asked for: it has been compiled, not run.
+    Two have to be asked for: "cpu", which needs Numba, and is slower than "xla" for a model of a few MB; and "gpu", for
+    H100, H200 and B200, which has been compiled, not run.
 
     Raises:
       ValueError: the name is not known, or the strategy cannot run on the device; the message says which can. To

@@ -28,10 +28,11 @@ FEW_ROWS = 8  # beyond which XLA's product, which packs a weight once for all ro
 class CpuKernels(XlaKernels):
     """Products of up to 8 rows by `few_rows`; what has more rows, and all but products, is XLA's.
 
-    For a model that one CPU holds: XLA gathers what a mesh has spread before it calls a kernel like this.
+    For a model that one CPU holds: XLA would gather what a mesh has spread before it calls a kernel like this.
     """
 
     name = "cpu"
+    one_device = True
     reads_packed = True
 
     def __post_init__(self):

@@ -49,6 +49,8 @@ class DeepseekV4(nnx.Module):
         parallel: Parallel = SINGLE,
     ):
         kernels = resolve_kernels(kernels) if isinstance(kernels, str) else kernels
+        if kernels.one_device and parallel.mesh is not None:
+            raise ValueError(f"kernels={kernels.name!r} runs on one device, not over a mesh; choose 'auto' or 'xla'")
         numerics = (resolve_numerics(numerics, config) if isinstance(numerics, str) else numerics).on(kernels)
         dtype = jnp.dtype(dtype)
         self.config, self.max_tokens, self.dtype = config, max_tokens, dtype

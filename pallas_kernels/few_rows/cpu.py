@@ -21,6 +21,7 @@ UNIT_BYTES = 1 << 17  # of a weight, about, that a thread claims at a time
 HALF = 16  # bytes of a packed row that share a scale
 X, EXPERT, USED, WEIGHTS = 0, 1, 2, 3  # arguments; from the last on a weight each, then a scale each, if there are
 TASK, TARGET = "dsv4_few_rows_task", "dsv4_few_rows"
+KINDS = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.uint8)  # of a weight
 FAST = {"reassoc", "contract", "nsz"}
 
 
@@ -209,9 +210,6 @@ def _handle(frame):
 
 
 call.register(TARGET, _handle)
-
-
-KINDS = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.uint8)
 
 
 def few_rows_cpu(x: jax.Array, expert: jax.Array, used: jax.Array, weights: Sequence[FewWeights]):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import decode_e2m1, decode_e4m3, decode_e8m0, unpack_fp4
+from pallas_kernels.formats import decode_e2m1, decode_e4m3, unpack_fp4
+from pallas_kernels.fp8_matmul.reference import scale_value
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,8 @@ class FewWeights:
             return self.data.astype(jnp.float32)
         packed = self.data.dtype == jnp.uint8
         codes = decode_e2m1(unpack_fp4(self.data)) if packed else decode_e4m3(self.data)
-        scale = decode_e8m0(self.scale) if self.scale.dtype == jnp.uint8 else self.scale
-        rows, columns = (jnp.repeat(scale, self.block[0], 1), self.block[1])
-        return codes * jnp.repeat(rows[:, : codes.shape[1]], columns, 2)[..., : codes.shape[2]]
+        scale = jnp.repeat(scale_value(self.scale), self.block[0], 1)[:, : codes.shape[1]]
+        return codes * jnp.repeat(scale, self.block[1], 2)[..., : codes.shape[2]]
 
 
 def few_rows(x: jax.Array, expert: jax.Array, used: jax.Array, weights: Sequence[FewWeights]) -> tuple[jax.Array, ...]:

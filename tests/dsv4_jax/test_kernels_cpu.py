@@ -19,6 +19,7 @@ from dsv4_jax.numerics import NUMERICS
 from dsv4_jax.presets import PRESETS
 from dsv4_jax.quantized import quantize_fp4, quantize_fp8
 from dsv4_jax.rope import Rotation
+from dsv4_jax.sharding import Parallel
 from pallas_kernels.few_rows.cpu import TARGET
 
 CALM = GOLDEN / "calm" / "fp8"
@@ -34,6 +35,13 @@ def test_chosen_by_name():
     assert resolve_kernels("cpu") == KERNELS and hash(KERNELS) == hash(CpuKernels())
 
 
+def test_refused_over_a_mesh():
+    config = ModelConfig.from_dict(PRESETS["tiny"])
+    parallel = Parallel.over(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), config)
+    with pytest.raises(ValueError, match="kernels='cpu' runs on one device, not over a mesh; choose 'auto' or 'xla'"):
+        jax.eval_shape(lambda: DeepseekV4(config, max_tokens=64, kernels="cpu", parallel=parallel))
+
+
 def test_refused_where_it_cannot_run(monkeypatch):
     gpu = type("Device", (), {"platform": "gpu", "device_kind": "H100"})
     with pytest.raises(ValueError, match="kernels='cpu' cannot run on 'H100'; choose 'auto' or 'xla'"):
@@ -44,7 +52,7 @@ def test_refused_where_it_cannot_run(monkeypatch):
 
 
 @checkpoints_with("greedy", few=("calm/fp8", "tiny/fp8"))
-def test_golden_logits_and_tokens(path):
+def test_golden_tokens(path):
     """Prefill in few rows and in many, then steps of every kind of layer."""
     model = load_model(path, kernels="cpu")
     greedy = expected(path, "greedy")
