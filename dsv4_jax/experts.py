@@ -37,6 +37,8 @@ MAX_BLOCK_ROWS = 128  # rows of one expert's product; larger blocks only add pad
 class BlockKernels(Protocol):
     """What `expert_mlp_in_blocks` asks of a platform."""
 
+    most_block_rows: int  # of one expert's product; a power of two
+
     def expert_product(
         self, x: jax.Array, row: jax.Array | None, expert: jax.Array, used: jax.Array, w: Weight
     ) -> jax.Array:
@@ -292,7 +294,7 @@ def expert_mlp_in_blocks(
     have rows, so that memory and time follow the pairs there are. Sums are in the order of experts either way.
     """
     (n, A), experts = index.shape, down.shape[0]
-    P, rows = n * A, block_rows(n * A, routed or experts)
+    P, rows = n * A, min(block_rows(n * A, routed or experts), kernels.most_block_rows)
     slab = slab_blocks(n, A, experts, routed or experts, rows)
     arrange = kernels.arrange_pairs
     if P > MOST_COMPARED:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.experts import as_one, expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
+from dsv4_jax.experts import MAX_BLOCK_ROWS, as_one, expert_mlp, expert_mlp_in_blocks, hidden, multiply_blocks
 from dsv4_jax.gradients import differentiable
 from dsv4_jax.linear import linear, matmul
 from dsv4_jax.numerics import Numerics
@@ -127,6 +127,8 @@ class AttentionKernels(NormKernels):
 
 class ExpertKernels(abc.ABC):
     """What a platform must supply for routing and for the experts."""
+
+    most_block_rows = MAX_BLOCK_ROWS  # of a grouped product's blocks
 
     @abc.abstractmethod
     def route(self, scores, bias, *, top_k: int, factor: float) -> tuple[jax.Array, jax.Array]:

@@ -1,9 +1,8 @@
-"""The strategy for one CPU: products of few rows read their weights once, where they lie and as they are stored."""
+"""The strategy for one CPU: products read their weights where they lie and as they are stored."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,15 @@ from dsv4_jax.linear import linear, matmul
 from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Weight
 from dsv4_jax.rope import Rotation, apply_rope
-from pallas_kernels.expert_matmul.reference import pick_rows
-from pallas_kernels.few_rows import FewWeights
+from pallas_kernels.cpu_matmul import StoredWeights
 from pallas_kernels.routing import ExpertRows
 
-FEW_ROWS = 8  # beyond which XLA's product, which packs a weight once for all rows, is as fast
+BLOCK_ROWS = 16  # of experts' products: a tile or two of the kernel, so that little of them is empty
 
 
 @dataclass(frozen=True)
 class CpuKernels(XlaKernels):
-    """Products of up to 8 rows by `few_rows`; what has more rows, and all but products, is XLA's.
+    """Products by `cpu_matmul`, which reads weights as they are stored; all but products is XLA's.
 
     For a model that one CPU holds: XLA would gather what a mesh has spread before it calls a kernel like this.
     """
@@ -34,6 +32,7 @@ class CpuKernels(XlaKernels):
     name = "cpu"
     one_device = True
     reads_packed = True
+    most_block_rows = BLOCK_ROWS
 
     def __post_init__(self):
         if importlib.util.find_spec("numba") is None:
@@ -44,28 +43,28 @@ class CpuKernels(XlaKernels):
 
     def project_each(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
         plain = lambda x, *w: tuple(linear(x, each) for each in w)
-        if not is_few(x) or not all(is_readable(x, w) for w in weights):
+        if not all(is_readable(x, w) for w in weights):
             return plain(x, *weights)
         kernel = lambda x, *w: tuple(y.astype(x.dtype) for y in _each(x, w))
         return differentiable(kernel, plain, x, *weights)
 
     def matmul_each(self, x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
         plain = lambda x, *w: tuple(matmul(x, each) for each in w)
-        if not is_few(x) or not all(is_readable(x, w) for w in weights):
+        if not all(is_readable(x, w) for w in weights):
             return plain(x, *weights)
         return differentiable(lambda x, *w: _each(x, w), plain, x, *weights)
 
     def output_projection(
         self, o: jax.Array, rotation: Rotation, o_a: Weight, o_b: Weight, groups: int, numerics: Numerics
     ) -> jax.Array:
-        is_ours = is_few(o[..., 0, :]) and is_readable(o, o_a) and _divides(o_a, groups)
+        is_ours = is_readable(o, o_a) and _divides(o_a, groups)
         kernel = lambda o, r, w: _grouped(o, r, w, groups)
         plain = lambda o, r, w: grouped_output(o, r, w, groups)
         o = differentiable(kernel, plain, o, rotation, o_a) if is_ours else plain(o, rotation, o_a)
         return self.project(numerics.activations(o, o_b), o_b)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
-        if not is_few(x) or not all(is_readable(x, as_one(w)) for w in (gate_up, down)):
+        if not all(is_readable(x, as_one(w)) for w in (gate_up, down)):
             return expert_mlp(x, index, weights, gate_up, down, limit, numerics, routed)
         return expert_mlp_in_blocks(x, index, weights, gate_up, down, limit, numerics, self, routed)
 
@@ -77,20 +76,13 @@ class CpuKernels(XlaKernels):
         return ExpertRows(*flat, pair.reshape(index.shape))
 
     def expert_product(self, x, row, expert, used, w: Weight) -> jax.Array:
-        def kernel(x, row, expert, used, w):
-            return _product(pick_rows(x, row), expert, used, w).astype(x.dtype)
-
+        kernel = lambda x, row, expert, used, w: _product(x, row, expert, used, w).astype(x.dtype)
         return differentiable(kernel, multiply_blocks, x, row, expert, used, as_one(w))
-
-
-def is_few(x: jax.Array) -> bool:
-    """Whether [..., K] has rows for the kernel."""
-    return 0 < math.prod(x.shape[:-1]) <= FEW_ROWS
 
 
 def is_readable(x: jax.Array, w: Any) -> bool:
     """Whether the kernel multiplies x with w [..., N, K] as `linear` does, which casts weights to x's dtype first."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
+    if not x.size or x.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     if not isinstance(w, QuantizedArray):
         return isinstance(w, jax.Array) and w.dtype in (jnp.bfloat16, x.dtype)
@@ -99,26 +91,28 @@ def is_readable(x: jax.Array, w: Any) -> bool:
     return not w.packed or (w.block == FP4_BLOCK and w.shape[-1] % FP4_BLOCK[1] == 0)
 
 
-def _held(w: Any) -> FewWeights:
+def _held(w: Any) -> StoredWeights:
     """[N, K] or [E, N, K], as the kernel takes it."""
     three = lambda a: a if a.ndim == 3 else a[None]
-    return FewWeights(three(w.data), three(w.scale), w.block) if isinstance(w, QuantizedArray) else FewWeights(three(w))
+    if isinstance(w, QuantizedArray):
+        return StoredWeights(three(w.data), three(w.scale), w.block)
+    return StoredWeights(three(w))
 
 
-def _product(rows: jax.Array, expert: jax.Array, used, w: Any) -> jax.Array:
-    from pallas_kernels.few_rows.cpu import few_rows_cpu  # which imports Numba
+def _product(x: jax.Array, row: jax.Array | None, expert: jax.Array, used, w: Any) -> jax.Array:
+    from pallas_kernels.cpu_matmul.cpu import stored_matmul_cpu  # which imports Numba
 
-    return few_rows_cpu(rows.astype(jnp.float32), expert, used, [_held(w)])[0]
+    return stored_matmul_cpu(x.astype(jnp.float32), row, expert, used, [_held(w)])[0]
 
 
 def _each(x: jax.Array, weights: tuple[Any, ...]) -> tuple[jax.Array, ...]:
     """fp32 [..., N] for each weight [N, K]; one call for those of one kind."""
-    from pallas_kernels.few_rows.cpu import few_rows_cpu
+    from pallas_kernels.cpu_matmul.cpu import stored_matmul_cpu
 
     rows, held = x.reshape(-1, x.shape[-1]).astype(jnp.float32), [_held(w) for w in weights]
     alike = len({(w.data.dtype, w.block, w.data.shape[2]) for w in held}) == 1
-    first, one = jnp.zeros((1,), jnp.int32), jnp.int32(1)
-    out = few_rows_cpu(rows, first, one, held) if alike else [few_rows_cpu(rows, first, one, [w])[0] for w in held]
+    product = lambda *w: stored_matmul_cpu(rows, None, jnp.zeros((1,), jnp.int32), jnp.int32(1), w)
+    out = product(*held) if alike else [product(w)[0] for w in held]
     return tuple(y.reshape(*x.shape[:-1], -1) for y in out)
 
 
@@ -133,6 +127,6 @@ def _grouped(o: jax.Array, rotation: Rotation, o_a: Any, groups: int) -> jax.Arr
     o = apply_rope(o, jax.tree.map(lambda table: table[:, :, None], rotation), inverse=True)
     rows = jnp.moveaxis(o.reshape(B * T, groups, -1), 1, 0).reshape(groups * B * T, -1)
     apart = jax.tree.map(lambda a: a.reshape(groups, -1, a.shape[-1]), o_a)
-    parts = _product(rows, jnp.arange(groups, dtype=jnp.int32), jnp.int32(groups), apart)
+    parts = _product(rows, None, jnp.arange(groups, dtype=jnp.int32), jnp.int32(groups), apart)
     parts = jnp.moveaxis(parts.reshape(groups, B * T, -1), 0, 1)
     return parts.reshape(B, T, -1).astype(o.dtype)

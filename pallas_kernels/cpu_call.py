@@ -175,9 +175,21 @@ def leave(job):
 
 
 @njit
-def open_job(frame, total):
-    """A job of `total` units, claimed one by one by whichever thread has time."""
-    job = _malloc(8 * JOB_WORDS)
+def notes(job):
+    """The address of words that a job carries besides."""
+    return job + 8 * JOB_WORDS
+
+
+@njit
+def set_total(job, total):
+    """How many units a job has, if that was not known; before anybody is asked for help."""
+    set_word(job, _TOTAL, total)
+
+
+@njit
+def open_job(frame, total, notes):
+    """A job of `total` units, claimed one by one by whichever thread has time, with `notes` words besides."""
+    job = _malloc(8 * (JOB_WORDS + notes))
     set_word(job, _NEXT, 0)
     set_word(job, _DONE, 0)
     set_word(job, _HOLDERS, 1)
@@ -206,10 +218,16 @@ def ask_for_help(job, task):
 
 
 @njit
+def wait_for(job, units):
+    """Until so many are done."""
+    while seen(job + 8 * _DONE) < units:
+        pass
+
+
+@njit
 def wait(job):
     """Until every unit that any thread claimed is done."""
-    while seen(job + 8 * _DONE) < word(job, _TOTAL):
-        pass
+    wait_for(job, word(job, _TOTAL))
 
 
 def name_task(name: str, task: Any) -> None:
