@@ -42,7 +42,8 @@ def check(x: jax.Array, row: jax.Array, expert: jax.Array, weights: Sequence[Sto
     for w in weights:
         kind = (w.data.dtype, w.scale is None, w.block, w.data.shape[0], w.data.shape[2])
         if kind != (first.data.dtype, first.scale is None, first.block, first.data.shape[0], first.data.shape[2]):
-            raise ValueError(f"stored_matmul: weights differ in kind: {first.data.dtype}{list(first.data.shape)}, {kind}")
+            of = f"{first.data.dtype}{list(first.data.shape)}"
+            raise ValueError(f"stored_matmul: weights differ in kind: {of}, {kind}")
     packed = first.data.dtype == jnp.uint8
     if first.data.dtype not in KINDS or (first.scale is None) == (first.data.dtype.itemsize == 1):
         raise ValueError(

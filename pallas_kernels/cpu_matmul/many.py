@@ -1,8 +1,8 @@
 """Products of many rows: rows are laid out once for vectors, weights are read where they lie.
 
 LANES rows of x, transposed, are a tile; the sums of two tiles with HEIGHT rows of a weight stay in a processor's
-registers (`tile.py`) while both are read through, so a weight is never laid out, and codes are expanded HEIGHT rows at a
-time for all tiles of a run. A row's sums are made one column after the other, whatever rows are beside it.
+registers (`tile.py`) while both are read through, so a weight is never laid out, and codes are expanded HEIGHT rows at
+a time for all tiles of a run. A row's sums are made one column after the other, whatever rows are beside it.
 """
 
 from __future__ import annotations

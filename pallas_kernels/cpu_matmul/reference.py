@@ -48,7 +48,8 @@ def stored_matmul(
 
     Args:
       x: float32 [n, K].
-      row: int32 [blocks * R], which rows of x the blocks hold, R a block, as `pick_rows` takes them; None: all rows, in order.
+      row: int32 [blocks * R], which rows of x the blocks hold, R a block, as `pick_rows` takes them;
+        None: all rows, in order.
       expert: int32 [blocks] in [0, E).
       used: int32 scalar; blocks from there on hold nothing, and read no weights.
       weights: of the same E and K, and of one kind.

@@ -94,7 +94,7 @@ _SIGNATURE = types.void(*[types.int64] * 7)
 
 @intrinsic
 def multiply_one(typing, w, w_stride, x, x_stride, count, out, out_stride):
-    """out [LANES, HEIGHT] = w [HEIGHT, K] times a vector of rows laid out as x [K, LANES]; addresses, strides in bytes."""
+    """out [LANES, HEIGHT] = w [HEIGHT, K] times a tile of rows, x [K, LANES]; addresses, strides in bytes."""
     return _SIGNATURE, _tile(1)
 
 

@@ -1,4 +1,4 @@
-"""Products of few rows on a CPU, against their plain reference."""
+"""Products with stored weights on a CPU, against their plain reference."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_every_code_is_exact():
     codes = jnp.arange(256, dtype=jnp.uint8)
     fp8 = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).reshape(1, 256, 1)
     one, used = jnp.ones((1, 1)), jnp.int32(1)
-    got = stored_matmul_cpu(one, None, jnp.zeros(1, jnp.int32), used, [StoredWeights(fp8, jnp.full((1, 2, 1), 127, jnp.uint8))])[0]
+    w = StoredWeights(fp8, jnp.full((1, 2, 1), 127, jnp.uint8))
+    got = stored_matmul_cpu(one, None, jnp.zeros(1, jnp.int32), used, [w])[0]
     np.testing.assert_array_equal(got[0], decode_e4m3(fp8[0, :, 0]))
     fp4 = jnp.zeros((1, 16, 16), jnp.uint8).at[0, :, 0].set(codes[:16] | codes[:16] << 4)
     pair = jnp.zeros((1, 32)).at[0, :2].set(jnp.asarray([1.0, 0.5]))
@@ -120,7 +121,7 @@ def test_a_row_does_not_depend_on_others(form, rows, fewer):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("blocks, R", [(6, 3), (6, 32)])
 def test_rows_are_picked(form, blocks, R):
-    """By number, the last for those there are not; a weight that blocks apart from each other want is right for both."""
+    """By number, the last for those there are not; blocks that are apart may want the same weight."""
     rng = np.random.default_rng(9)
     x, held = jnp.asarray(rng.standard_normal((50, 64)), jnp.float32), [weights(form, 3, 40, 64, 10)]
     row = jnp.asarray(rng.integers(0, 53, blocks * R), jnp.int32)
@@ -155,7 +156,8 @@ def test_batched():
     held = weights("float32", 1, 24, 32, 7)
     xs = jnp.asarray(np.random.default_rng(8).standard_normal((3, 2, 32)), jnp.float32)
     one = lambda op: lambda x: op(x, None, jnp.zeros(1, jnp.int32), jnp.int32(1), [held])[0]
-    np.testing.assert_allclose(jax.vmap(one(stored_matmul_cpu))(xs), jax.vmap(one(stored_matmul))(xs), rtol=1e-5, atol=1e-5)
+    got, want = (jax.vmap(one(op))(xs) for op in (stored_matmul_cpu, stored_matmul))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
