@@ -1,7 +1,8 @@
-"""The strategy for one CPU: products read their weights where they lie and as they are stored."""
+"""The strategy for one CPU: products read their weights where they lie and as they are stored, in few calls."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from dsv4_jax.numerics import Numerics
 from dsv4_jax.quantized import FP4_BLOCK, QuantizedArray, Weight
 from dsv4_jax.rope import Rotation, apply_rope
 from pallas_kernels.cpu_matmul import StoredWeights
+from pallas_kernels.hyper_connection import collapse as plain_collapse
+from pallas_kernels.hyper_connection import expand as plain_expand
 from pallas_kernels.routing import ExpertRows
 
 BLOCK_ROWS = 16  # of experts' products: a tile or two of the kernel, so that little of them is empty
@@ -24,7 +27,8 @@ BLOCK_ROWS = 16  # of experts' products: a tile or two of the kernel, so that li
 
 @dataclass(frozen=True)
 class CpuKernels(XlaKernels):
-    """Products by `cpu_matmul`, which reads weights as they are stored; all but products is XLA's.
+    """Products by `cpu_matmul`, which reads weights as they are stored, and float32 hyper-connections by a call each.
+    The rest is XLA's.
 
     For a model that one CPU holds: XLA would gather what a mesh has spread before it calls a kernel like this.
     """
@@ -62,6 +66,26 @@ class CpuKernels(XlaKernels):
         plain = lambda o, r, w: grouped_output(o, r, w, groups)
         o = differentiable(kernel, plain, o, rotation, o_a) if is_ours else plain(o, rotation, o_a)
         return self.project(numerics.activations(o, o_b), o_b)
+
+    def collapse_streams(self, streams, fn, base, scale, norm=None, *, iterations: int, eps: float, rms_eps: float):
+        sizes: dict[str, Any] = {"iterations": iterations, "eps": eps, "rms_eps": rms_eps}
+        if not streams.size or streams.dtype != jnp.float32:
+            return super().collapse_streams(streams, fn, base, scale, norm, **sizes)
+        from pallas_kernels.hyper_connection.cpu import collapse_cpu  # which imports Numba
+
+        def kernel(streams, fn, base, scale, norm):
+            (mix,) = _each(streams.reshape(*streams.shape[:2], -1), (fn,))
+            return collapse_cpu(streams, mix, base, scale, norm, **sizes)
+
+        plain = functools.partial(plain_collapse, **sizes)
+        return differentiable(kernel, plain, streams, fn, base, scale, norm)
+
+    def expand_streams(self, out, streams, mixing) -> jax.Array:
+        if isinstance(mixing, tuple):  # as XLA's `collapse_streams` gave it
+            return super().expand_streams(out, streams, mixing)
+        from pallas_kernels.hyper_connection.cpu import expand_cpu
+
+        return differentiable(expand_cpu, plain_expand, out, streams, mixing)
 
     def expert_mlp(self, x, index, weights, gate_up, down, limit, numerics, routed=None):
         if not all(is_readable(x, as_one(w)) for w in (gate_up, down)):

@@ -22,6 +22,7 @@ from dsv4_jax.rope import Rotation
 from dsv4_jax.sharding import Parallel
 from pallas_kernels.cpu_matmul import few, many
 from pallas_kernels.cpu_matmul.cpu import FEW_ROWS
+from pallas_kernels.hyper_connection import cpu as hyper_connection
 
 CALM = GOLDEN / "calm" / "fp8"
 KERNELS, PLAIN = CpuKernels(), XlaKernels()
@@ -109,6 +110,24 @@ def test_output_projection(tokens):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streams(dtype):
+    """By kernels in float32, by XLA in bfloat16."""
+    streams, fn, norm = values(1, 5, 2, 64, dtype=dtype), values(8, 128, seed=1), 1 + values(64, seed=2)
+    args = fn, values(8, seed=3), values(3, seed=4), norm
+    sizes = {"iterations": 20, "eps": 1e-6, "rms_eps": 1e-6}
+
+    def loss(kernels):
+        def run(streams, *args):
+            x, mixing = kernels.collapse_streams(streams, *args, **sizes)
+            return (kernels.expand_streams(2 * x, streams, mixing).astype(jnp.float32) ** 2).mean()
+
+        return jax.value_and_grad(run, argnums=range(5))(streams, *args)
+
+    for got, want in zip(*(jax.tree.leaves(loss(k)) for k in (KERNELS, PLAIN)), strict=True):
+        np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=1e-3, atol=1e-4)
+
+
 def test_gradients_are_those_of_plain_products():
     x, w = values(2, 64), values(32, 64, seed=9)
     loss = lambda kernels: lambda x, w: (kernels.project(x, w) ** 2).sum()
@@ -121,7 +140,7 @@ def test_the_step_calls_the_kernel(T):
     """Every product with a weight but the router's and the last collapse's."""
     fields = PRESETS["flash"] | {"num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1}
     config = ModelConfig.from_dict(fields)
-    model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=16384, kernels="cpu"))
+    model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=16384, kernels="cpu", dtype="float32"))
     cache = jax.eval_shape(lambda: model.init_cache(1))
     tokens, count = jax.ShapeDtypeStruct((1, T), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     step = lambda model, tokens, cache, count: model.head(model(tokens, cache, count)[0])
@@ -129,3 +148,4 @@ def test_the_step_calls_the_kernel(T):
     found = len(re.findall(rf"target_name=({few.TARGET}|{many.TARGET})", program))
     layer = 4 + 2 + 2 + 2  # q_a with kv, q_b, o_a, o_b; two collapses; routed and shared experts
     assert found == 3 * layer + 4 + 1 + 1  # CSA's compressors and indexer, HCA's compressor, the head
+    assert [program.count(f"target_name={target}\n") for target in hyper_connection.TARGETS] == [6, 6]

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import aot
 from pallas_kernels.chips import TPUS, chip
 from pallas_kernels.hyper_connection import collapse, collapse_tpu, expand, expand_tpu
+from pallas_kernels.hyper_connection.cpu import collapse_cpu, expand_cpu
 from pallas_kernels.rms_norm import rms_norm
 
 STRICT = pltpu.InterpretParams()
@@ -59,6 +60,44 @@ def test_equals_the_reference(B, T, n, M, dtype, has_norm):
     out = x * 2
     got = jax.block_until_ready(expand_tpu(out, streams, want_weights, chip=chip("v6e"), interpret=STRICT))
     near(got, expand(out, streams, want_weights))
+
+
+def products(streams, fn):
+    """What `collapse_cpu` is given of fn."""
+    return jnp.einsum("BTK,HK->BTH", streams.reshape(*streams.shape[:2], -1), fn, precision="highest")
+
+
+@pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(("B", "T", "n", "M"), [(1, 1, 4, 256), (3, 7, 4, 500), (1, 130, 2, 31), (2, 5, 1, 64)])
+def test_a_cpu_equals_the_reference(B, T, n, M, has_norm):
+    streams, fn, *mix = operands(B, T, n, M, jnp.float32)
+    norm = 1 + fn[0, :M] if has_norm else None
+    want, want_weights = collapse(streams, fn, *mix, norm, **OPTIONS)
+    x, weights = jax.jit(functools.partial(collapse_cpu, **OPTIONS))(streams, products(streams, fn), *mix, norm)
+    near(x, want)
+    near(weights, want_weights)
+    near(jax.jit(expand_cpu)(2 * x, streams, want_weights), expand(2 * x, streams, want_weights))
+
+
+def test_a_token_on_a_cpu_does_not_depend_on_others():
+    streams, fn, *mix = operands(1, 50, 4, 128, jnp.float32)
+    mixed = products(streams, fn)
+    run = lambda part: collapse_cpu(streams[:, part], mixed[:, part], *mix, **OPTIONS)
+    (x, weights), (alone, own) = run(slice(None)), run(slice(37, 38))
+    np.testing.assert_array_equal(x[:, 37:38], alone)
+    np.testing.assert_array_equal(weights[:, 37:38], own)
+
+
+def test_what_a_cpu_cannot_run_is_refused():
+    streams, fn, *mix = operands(1, 2, 4, 128, jnp.bfloat16)
+    with pytest.raises(ValueError, match="collapse_cpu: float32 streams and products, not bfloat16"):
+        collapse_cpu(streams, jnp.zeros((1, 2, 24)), *mix, **OPTIONS)
+    with pytest.raises(ValueError, match=r"need a norm of \(128,\); got \(4,\)"):
+        collapse_cpu(streams, jnp.zeros((1, 2, 24)), *mix, jnp.ones(4), **OPTIONS)
+    with pytest.raises(ValueError, match="expand_cpu: float32, not float32, bfloat16"):
+        expand_cpu(jnp.zeros((1, 2, 128)), streams, jnp.zeros((1, 2, 24)))
+    with pytest.raises(ValueError, match="do not fit streams"):
+        expand_cpu(jnp.zeros((1, 3, 128)), streams, jnp.zeros((1, 2, 24)))
 
 
 @pytest.mark.interpreter
