@@ -99,6 +99,15 @@ class ModelConfig:
     def mtp_layers(self) -> tuple[LayerSpec, ...]:
         return tuple(LayerSpec(r, hashed=False) for r in self.draft_ratios)
 
+    @property
+    def matrix_elements(self) -> int:
+        """Weights of the head, of attention's projections and of all experts of the main layers; the rest is small."""
+        queries = self.num_attention_heads * self.head_dim
+        attention = self.hidden_size * (self.q_lora_rank + self.head_dim + self.o_groups * self.o_lora_rank)
+        attention += queries * (self.q_lora_rank + self.o_lora_rank)
+        experts = 3 * self.hidden_size * self.moe_intermediate_size * (1 + self.n_routed_experts)
+        return self.vocab_size * self.hidden_size + self.num_hidden_layers * (attention + experts)
+
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Read `config.json`. Raises ConfigError naming the file and field."""

@@ -444,13 +444,15 @@ def is_fp8(w: Weight) -> TypeGuard[QuantizedArray]:
 
 
 NAMES = ("auto", "xla", "cpu", "tpu", "gpu", "tpu-interpret")
+SMALL_BYTES = 64 << 20  # of weights, expanded: XLA may hold them so, and a CPU's caches a good part of them
 
 
-def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Kernels:
-    """The strategy called `name` for `device` (default: the first). "auto" is "tpu" on a TPU, "xla" elsewhere.
+def resolve_kernels(name: str = "auto", device: jax.Device | None = None, *, weight_bytes: int = 0) -> Kernels:
+    """The strategy called `name` for `device` (default: the first).
 
-    Two have to be asked for: "cpu", which needs Numba, and is slower than "xla" for a model of a few MB; and "gpu", for
-    H100, H200 and B200, which has been compiled, not run.
+    "auto" is "tpu" on a TPU; "cpu" where the only device is a CPU and `weight_bytes`, which one device holds, are more
+    than `SMALL_BYTES`; "xla" elsewhere. "gpu", for H100, H200 and B200, has to be asked for: it has been compiled, not
+    run.
 
     Raises:
       ValueError: the name is not known, or the strategy cannot run on the device; the message says which can. To
@@ -463,6 +465,8 @@ def resolve_kernels(name: str = "auto", device: jax.Device | None = None) -> Ker
     if name == "tpu-interpret":
         return TpuKernels(chip("v6e"), interpret=True)
     device = jax.local_devices()[0] if device is None else device
+    if name == "auto" and device.platform == "cpu" and weight_bytes > SMALL_BYTES and jax.device_count() == 1:
+        name = "cpu"
     if name == "cpu":
         if device.platform != "cpu":
             raise ValueError(f"kernels='cpu' cannot run on {device.device_kind!r}; choose 'auto' or 'xla'")

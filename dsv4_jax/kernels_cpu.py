@@ -40,7 +40,7 @@ class CpuKernels(XlaKernels):
 
     def __post_init__(self):
         if importlib.util.find_spec("numba") is None:
-            raise ValueError("kernels='cpu' needs Numba: pip install dsv4-jax[cpu], or choose 'auto' or 'xla'")
+            raise ValueError("kernels='cpu' needs Numba: pip install numba, or choose 'xla'")
 
     def project(self, x: jax.Array, w: Weight) -> jax.Array:
         return self.project_each(x, w)[0]

@@ -48,7 +48,9 @@ class DeepseekV4(nnx.Module):
         schedule: AsyncSchedule | None = None,
         parallel: Parallel = SINGLE,
     ):
-        kernels = resolve_kernels(kernels) if isinstance(kernels, str) else kernels
+        if isinstance(kernels, str):
+            alone = parallel.mesh is None
+            kernels = resolve_kernels(kernels, weight_bytes=alone * config.matrix_elements * jnp.dtype(dtype).itemsize)
         if kernels.one_device and parallel.mesh is not None:
             raise ValueError(f"kernels={kernels.name!r} runs on one device, not over a mesh; choose 'auto' or 'xla'")
         numerics = (resolve_numerics(numerics, config) if isinstance(numerics, str) else numerics).on(kernels)

@@ -10,11 +10,11 @@ import weakref
 import jax
 import numpy as np
 
+from dsv4_jax.kernels import SMALL_BYTES
 from dsv4_jax.model import DeepseekV4
 from dsv4_jax.quantized import QuantizedArray, Stack, Turned, TurnedGroups, dequantize
 from dsv4_jax.sharding import leaf_path
 
-PREPARE_BYTES = 64 << 20  # bound on the copies that are made of a model's weights
 # Ends of the paths of matrices that nothing but products reads; stacks of experts are read in parts.
 TURNED = (
     *("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj", "gate_proj", "weights_proj", "e_proj", "h_proj", "lm_head"),
@@ -93,7 +93,7 @@ def ready(model: DeepseekV4, turn: bool = True) -> Parts:
         return structure, leaves
     parts = _latest.get(structure, leaves, turn)
     if parts is None:
-        small = 0 < prepared_bytes(model, turn) <= PREPARE_BYTES
+        small = 0 < prepared_bytes(model, turn) <= SMALL_BYTES
         prepared = _prepare(structure, leaves, turn) if small else model
         parts = split(take_apart(prepared) if turn and on_one_cpu(leaves) else prepared)
         _latest.put(structure, leaves, turn, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 
 import jax
@@ -13,11 +14,11 @@ from golden_cases import GOLDEN, assert_logits_close, checkpoints_with, expected
 
 import dsv4_jax
 from dsv4_jax import DeepseekV4, ModelConfig
-from dsv4_jax.kernels import XlaKernels, resolve_kernels
+from dsv4_jax.kernels import SMALL_BYTES, XlaKernels, resolve_kernels
 from dsv4_jax.kernels_cpu import CpuKernels
 from dsv4_jax.numerics import NUMERICS
 from dsv4_jax.presets import PRESETS
-from dsv4_jax.quantized import quantize_fp4, quantize_fp8
+from dsv4_jax.quantized import QuantizedArray, quantize_fp4, quantize_fp8
 from dsv4_jax.rope import Rotation
 from dsv4_jax.sharding import Parallel
 from pallas_kernels.cpu_matmul import few, many
@@ -37,6 +38,30 @@ def test_chosen_by_name():
     assert resolve_kernels("cpu") == KERNELS and hash(KERNELS) == hash(CpuKernels())
 
 
+def test_chosen_where_one_cpu_holds_a_large_model(monkeypatch):
+    assert resolve_kernels("auto", weight_bytes=SMALL_BYTES) == PLAIN
+    assert resolve_kernels("auto", weight_bytes=SMALL_BYTES + 1) == KERNELS
+    assert resolve_kernels("xla", weight_bytes=SMALL_BYTES + 1) == PLAIN
+    made = lambda name, **options: jax.eval_shape(
+        lambda: DeepseekV4(ModelConfig.from_dict(PRESETS[name]), max_tokens=64, **options)
+    )
+    assert made("tiny").kernels == PLAIN and made("flash").kernels == KERNELS
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    parallel = Parallel.over(mesh, ModelConfig.from_dict(PRESETS["flash"]))
+    assert made("flash", parallel=parallel).kernels == PLAIN
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert made("flash").kernels == PLAIN
+
+
+def test_large_is_a_matter_of_the_matrices():
+    config = ModelConfig.from_dict(PRESETS["flash"])
+    model = jax.eval_shape(lambda: DeepseekV4(config, max_tokens=64, kernels="xla"))
+    whole = lambda x: math.prod(x.shape)
+    is_weight = lambda x: isinstance(x, QuantizedArray)
+    held = sum(map(whole, jax.tree.leaves((model.layers, model.lm_head), is_leaf=is_weight)))
+    assert 0.99 * held < config.matrix_elements < held
+
+
 def test_refused_over_a_mesh():
     config = ModelConfig.from_dict(PRESETS["tiny"])
     parallel = Parallel.over(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), config)
@@ -49,7 +74,7 @@ def test_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="kernels='cpu' cannot run on 'H100'; choose 'auto' or 'xla'"):
         resolve_kernels("cpu", gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"kernels='cpu' needs Numba: pip install dsv4-jax\[cpu\]"):
+    with pytest.raises(ValueError, match=r"kernels='cpu' needs Numba: pip install numba"):
         CpuKernels()
 
 

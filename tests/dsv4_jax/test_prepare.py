@@ -33,7 +33,7 @@ def plain(monkeypatch):
 
     def run(call):
         with monkeypatch.context() as patch:
-            patch.setattr(prepare, "PREPARE_BYTES", 0)
+            patch.setattr(prepare, "SMALL_BYTES", 0)
             return call()
 
     return run
